@@ -1,0 +1,33 @@
+"""
+Exact and fast multi-GPU fine-tuning with Unsloth, as a Hugging Face Accelerate plugin.
+
+Importing this package costs nothing: every public name is resolved when it is first used, so that Unsloth can be
+imported before trl, transformers and peft, and each process can take its own GPU before CUDA starts.
+"""
+
+from importlib import import_module
+
+from ._version import __version__
+
+_PUBLIC = {
+    "FastLanguageModel": "engines.loaded",
+    "FastModel": "engines.loaded",
+    "SFTConfig": "trainers.sft",
+    "SFTTrainer": "trainers.sft",
+    "DistributedTrainerMixin": "trainers.mixin",
+    "UnslothPlugin": "plugin",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_PUBLIC})

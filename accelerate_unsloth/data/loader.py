@@ -1,0 +1,84 @@
+"""From a sampler's micro-batches to tensors: a DataLoader whose fillers carry no labels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+IGNORED = -100
+
+
+class _Filler(dict):
+    """A row that is there to keep ranks in step; nothing is learnt from it."""
+
+
+class _WithFillers(Dataset):
+    """A data set that also takes `~index`, for a filler made of that row."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        return self.rows[index] if index >= 0 else _Filler(self.rows[~index])
+
+    def __getitems__(self, indices: list[int]) -> list:
+        if indices[0] < 0 or not hasattr(self.rows, "__getitems__"):
+            return [self[index] for index in indices]
+        return self.rows.__getitems__(indices)
+
+
+class _MaskingCollator:
+    """Collates with the trainer's own collator, then masks the labels of fillers."""
+
+    def __init__(self, collator: Callable[[list], dict]):
+        self.collator = collator
+
+    def __call__(self, rows: list) -> dict[str, Any]:
+        batch = self.collator([dict(row) if isinstance(row, _Filler) else row for row in rows])
+        if isinstance(rows[0], _Filler):
+            for name in ("labels", "shift_labels"):
+                if name in batch:
+                    batch[name] = torch.full_like(batch[name], IGNORED)
+        return batch
+
+
+class PlannedDataLoader(DataLoader):
+    """A DataLoader over `batch_sampler` that passes the epoch on to it, as the Trainer expects of its loaders."""
+
+    def __init__(self, rows, batch_sampler: Sampler, collator: Callable[[list], dict], **options: Any):
+        super().__init__(
+            _WithFillers(rows), batch_sampler=batch_sampler, collate_fn=_MaskingCollator(collator), **options
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+def count_items(batch: dict[str, Any], shifted: bool = True) -> int:
+    """
+    Number of positions whose loss counts.
+
+    Args:
+        batch (`dict`): A collated micro-batch, with `labels` or `shift_labels` of shape `(rows, tokens)`.
+        shifted (`bool`, *optional*, defaults to `True`): Whether the model predicts `labels[..., 1:]`.
+
+    Returns:
+        `int`: without labels the number of rows, so that a mean over rows is weighed by them.
+    """
+    if "shift_labels" in batch:
+        return int(batch["shift_labels"].ne(IGNORED).sum())
+    if "labels" in batch:
+        labels = batch["labels"][..., 1:] if shifted else batch["labels"]
+        return int(labels.ne(IGNORED).sum())
+    return len(next(iter(batch.values())))
+
+
+def count_tokens(batch: dict[str, Any]) -> int:
+    """Tokens of a collated micro-batch, padding left out where a mask tells it."""
+    if batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else 0

@@ -1,0 +1,92 @@
+"""
+Tokenise once a node.
+
+TRL's preparation runs on every rank, one after the other, and Unsloth's on all at once. Here the first process of each
+node runs it and writes the result to the datasets cache; all processes of the node map that file. The others run the
+preparation on a few rows, because it also sets up the trainer (its collator, its arguments).
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow.compute as pc
+
+from ..distributed import channel, topology
+from .loader import IGNORED
+
+_PROBE_ROWS = 8
+
+
+def prepare_once(dataset, prepare: Callable, split: str):
+    """
+    Run `prepare(dataset)` on one process of each node.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): What to prepare; anything else is prepared on every rank.
+        prepare (`Callable`): The trainer's own preparation, which may also change the trainer.
+        split (`str`): Name of the split, for messages.
+
+    Returns:
+        The prepared data set, the same file on all processes of a node.
+
+    Raises:
+        PeerFailure: on the waiting ranks if the preparation fails on their node's first process.
+    """
+    if topology().world_size == 1 or not isinstance(dataset, datasets.Dataset):
+        return prepare(dataset)
+    folder = channel().run_on_local_main(f"prepare/{split}", lambda: str(_write(prepare(dataset))))
+    if not topology().is_local_main:
+        prepare(dataset.select(range(min(_PROBE_ROWS, len(dataset)))))
+    return datasets.load_from_disk(folder)
+
+
+def _write(prepared: datasets.Dataset) -> Path:
+    """Write to the cache under the fingerprint; complete or absent, also where nodes share the folder."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "accelerate_unsloth" / prepared._fingerprint
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    prepared.save_to_disk(str(beside))
+    try:
+        os.rename(beside, folder)
+    except OSError:  # another node was first
+        shutil.rmtree(beside)
+    return folder
+
+
+def check_not_empty(dataset, split: str) -> None:
+    """
+    Raises:
+        ValueError: if the data set has no rows.
+    """
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"The {split} data set is empty. Give at least one sample.")
+
+
+def check_has_labels(dataset, split: str) -> None:
+    """
+    Make sure that there is something to learn.
+
+    Raises:
+        ValueError: if preparation dropped every sample, or every label is masked.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        return
+    if len(dataset) and ("labels" not in dataset.column_names or _any_label(dataset)):
+        return
+    raise ValueError(
+        f"No sample of the {split} data set has a token to learn from: all labels are masked ({IGNORED}). Check that "
+        "completions are not empty, and that max_length leaves room for them behind the prompt."
+    )
+
+
+def _any_label(dataset: datasets.Dataset) -> bool:
+    for table in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
+        if pc.any(pc.not_equal(table["labels"].combine_chunks().flatten(), IGNORED)).as_py():
+            return True
+    return False

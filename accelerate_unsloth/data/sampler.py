@@ -1,0 +1,196 @@
+"""
+Which samples form an optimizer step, and which rank gets which of them.
+
+The effective batches of an epoch depend on the seed, the epoch and the effective batch size, never on the number of
+processes: any launch of the same effective batch size trains on the same samples in the same step. They are those that
+the stock Trainer forms from the same seed. A last, incomplete effective batch is dealt over all ranks; no sample is
+repeated to fill it.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+def epoch_order(
+    num_samples: int,
+    seed: int,
+    epoch: int,
+    strategy: str = "random",
+    lengths: Sequence[int] | None = None,
+    effective_batch: int = 1,
+) -> list[int]:
+    """
+    The order in which an epoch visits its samples.
+
+    Args:
+        num_samples (`int`): Number of samples.
+        seed (`int`): Seed of the run.
+        epoch (`int`): Index of the epoch.
+        strategy (`str`, *optional*, defaults to `"random"`):
+            The Trainer's `train_sampling_strategy`: `"random"`, `"sequential"` or `"group_by_length"`.
+        lengths (`Sequence[int]`, *optional*): Tokens of each sample, for `"group_by_length"`.
+        effective_batch (`int`, *optional*, defaults to `1`): Size of the groups of `"group_by_length"`.
+
+    Raises:
+        ValueError: for another strategy.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.data.sampler import epoch_order
+    >>> epoch_order(4, seed=42, epoch=0, strategy="sequential")
+    [0, 1, 2, 3]
+    ```
+    """
+    if strategy == "sequential":
+        return list(range(num_samples))
+    # `seed + epoch` is how accelerate's SeedableRandomSampler seeds an epoch (accelerate 1.15, data_loader.py).
+    generator = torch.Generator().manual_seed(seed + epoch)
+    if strategy == "random":
+        return torch.randperm(num_samples, generator=generator).tolist()
+    if strategy == "group_by_length":
+        return get_length_grouped_indices(lengths, effective_batch, generator=generator)
+    raise ValueError(
+        f"train_sampling_strategy={strategy!r} is not known; use 'random', 'sequential' or 'group_by_length'."
+    )
+
+
+def deal(samples: Sequence[int], world_size: int, accumulation: int, micro_batch: int) -> list[list[list[int]]]:
+    """
+    Cut one effective batch into micro-batches: `[micro_step][rank] -> samples`.
+
+    A full effective batch is cut as the stock Trainer cuts it. An incomplete one takes the fewest micro-steps that
+    hold it, levelled over all ranks; what is left of the `accumulation` micro-steps stays empty.
+
+    Args:
+        samples (`Sequence[int]`): At most `world_size * accumulation * micro_batch` samples.
+        world_size (`int`): Number of processes.
+        accumulation (`int`): Micro-steps of an optimizer step.
+        micro_batch (`int`): Samples of one micro-batch.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.data.sampler import deal
+    >>> deal([7, 8, 9], world_size=2, accumulation=2, micro_batch=1)
+    [[[7], [8]], [[9], []]]
+    ```
+    """
+    steps_needed = -(-len(samples) // (world_size * micro_batch))
+    dealt, start = [], 0
+    for step in range(accumulation):
+        remaining = len(samples) - start
+        # Levelled over the steps that are left, then over the ranks.
+        in_step = -(-remaining // (steps_needed - step)) if step < steps_needed else 0
+        row = []
+        for rank in range(world_size):
+            size = in_step // world_size + (rank < in_step % world_size)
+            row.append(list(samples[start : start + size]))
+            start += size
+        dealt.append(row)
+    return dealt
+
+
+class EffectiveBatchSampler(Sampler):
+    """
+    The micro-batches of one rank, `accumulation` of them for each optimizer step.
+
+    Where a rank has nothing to do in a micro-step, it gets one sample of the same effective batch as `~index`, a
+    negative number: a filler whose labels are to be masked, so that every rank takes every step.
+
+    Args:
+        num_samples (`int`): Number of samples.
+        world_size (`int`): Number of processes.
+        rank (`int`): This process.
+        micro_batch (`int`): Samples of one micro-batch (`per_device_train_batch_size`).
+        accumulation (`int`): Micro-steps of an optimizer step (`gradient_accumulation_steps`).
+        seed (`int`): Seed of the run.
+        drop_last (`bool`, *optional*, defaults to `False`): Leave out an incomplete last effective batch.
+        strategy (`str`, *optional*, defaults to `"random"`): See [`epoch_order`].
+        lengths (`Sequence[int]`, *optional*): See [`epoch_order`].
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.data.sampler import EffectiveBatchSampler
+    >>> list(EffectiveBatchSampler(3, world_size=2, rank=1, micro_batch=1, accumulation=1, seed=0, strategy="sequential"))
+    [[1], [-3]]
+    ```
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        world_size: int,
+        rank: int,
+        micro_batch: int,
+        accumulation: int,
+        seed: int,
+        drop_last: bool = False,
+        strategy: str = "random",
+        lengths: Sequence[int] | None = None,
+    ):
+        self.num_samples = num_samples
+        self.world_size = world_size
+        self.rank = rank
+        self.micro_batch = micro_batch
+        self.accumulation = accumulation
+        self.seed = seed
+        self.strategy = strategy
+        self.lengths = lengths
+        self.effective_batch = world_size * accumulation * micro_batch
+        whole, rest = divmod(num_samples, self.effective_batch)
+        self.num_steps = whole if drop_last else whole + (rest > 0)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = epoch_order(
+            self.num_samples, self.seed, self.epoch, self.strategy, self.lengths, self.effective_batch
+        )
+        for start in range(0, self.num_steps * self.effective_batch, self.effective_batch):
+            samples = order[start : start + self.effective_batch]
+            for row in deal(samples, self.world_size, self.accumulation, self.micro_batch):
+                yield row[self.rank] or [~samples[0]]
+
+
+class EvaluationSampler(Sampler):
+    """
+    The evaluation batches of one rank: all samples once, in order, and as many batches on every rank.
+
+    Args:
+        num_samples (`int`): Number of samples.
+        world_size (`int`): Number of processes.
+        rank (`int`): This process.
+        batch_size (`int`): Samples of one batch (`per_device_eval_batch_size`).
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.data.sampler import EvaluationSampler
+    >>> list(EvaluationSampler(3, world_size=2, rank=1, batch_size=2))
+    [[2]]
+    ```
+    """
+
+    def __init__(self, num_samples: int, world_size: int, rank: int, batch_size: int):
+        self.num_samples = num_samples
+        self.world_size = world_size
+        self.rank = rank
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.world_size * self.batch_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(len(self)):
+            start = (step * self.world_size + self.rank) * self.batch_size
+            yield list(range(start, min(start + self.batch_size, self.num_samples))) or [~0]

@@ -1,0 +1,31 @@
+"""
+The engine of this process. Importing this module chooses it, takes this rank's GPU and imports Unsloth if need be.
+
+Everything that imports trl, transformers or peft imports this first.
+"""
+
+import os
+
+import torch
+
+from .. import distributed, failures, launch_hint
+from ..plugin import UnslothPlugin
+from ..quiet import quiet_other_ranks
+from . import resolve
+
+failures.install()
+_plugin = UnslothPlugin()
+_use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+
+choice = resolve(_plugin.engine, 0 if _use_cpu else torch.cuda.device_count(), _use_cpu)
+quiet_other_ranks(_plugin)
+if not _use_cpu:
+    distributed.bind_device()
+    launch_hint.show(torch.cuda.device_count())
+
+if choice.name == "unsloth":
+    from .unsloth import FastLanguageModel, FastModel
+else:
+    from .reference import FastLanguageModel, FastModel
+
+__all__ = ["FastLanguageModel", "FastModel", "choice"]

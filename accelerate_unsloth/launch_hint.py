@@ -1,0 +1,30 @@
+"""The command that runs this script on all GPUs, for someone who started it without a launcher."""
+
+import os
+import shlex
+import sys
+
+from . import configs
+from .distributed import topology
+
+
+def command(num_processes: int, config: str = "unsloth_ddp") -> str:
+    """
+    The `accelerate launch` command for the running script and its arguments.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.launch_hint import command
+    >>> command(4).startswith("accelerate launch --num_processes 4 --config_file ")
+    True
+    ```
+    """
+    words = ["accelerate", "launch", "--num_processes", str(num_processes), "--config_file", str(configs.path(config))]
+    return shlex.join([*words, *sys.argv])
+
+
+def show(visible_gpus: int) -> None:
+    """Say in one line how to use all GPUs, if this process uses one of several and no launcher started it."""
+    if visible_gpus > 1 and topology().world_size == 1 and "RANK" not in os.environ:
+        print(f"accelerate_unsloth: training on 1 of {visible_gpus} GPUs; to use all: {command(visible_gpus)}")

@@ -1,0 +1,150 @@
+"""Every option of the library: its default, its check, and the environment variable that sets it."""
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+PREFIX = "ACCELERATE_UNSLOTH_"
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def _option(default: Any) -> Any:
+    """A field that is `None` until `__post_init__` has looked for its environment variable."""
+    return field(default=None, metadata={"default": default})
+
+
+@dataclass
+class UnslothPlugin:
+    """
+    Options of `accelerate_unsloth`, in the manner of Accelerate's own plugins.
+
+    A field that is not given is read from the environment variable `ACCELERATE_UNSLOTH_<FIELD>`, and else takes its
+    default. `"auto"` leaves a choice to the library, which shows it with its reason when training starts.
+
+    Args:
+        engine (`str`, *optional*, defaults to `"auto"`):
+            Who builds the model: `"unsloth"`, or `"reference"` (transformers and PEFT, which also runs on a CPU).
+            The engine is chosen when the library is first used, so set it with `ACCELERATE_UNSLOTH_ENGINE`.
+        gradient_sync (`str`, *optional*, defaults to `"auto"`):
+            `"after_backward"` reduces all gradients once per optimizer step, in one flat all-reduce; `"overlapped"`
+            lets `DistributedDataParallel` reduce them in buckets during the last backward.
+        gradient_as_bucket_view (`bool`, *optional*, defaults to `True`):
+            For `"overlapped"`: let gradients be views of DDP's buckets, which saves one copy of them.
+        find_unused_parameters (`bool`, *optional*):
+            For `"overlapped"`: let DDP search for parameters without gradient. Left to the Trainer when `None`.
+        static_graph (`bool`, *optional*, defaults to `False`):
+            For `"overlapped"`: promise DDP that every step uses the same parameters in the same order.
+        bucket_cap_mb (`int`, *optional*, defaults to `25`):
+            For `"overlapped"`: size of DDP's buckets in MiB.
+        broadcast_buffers (`bool`, *optional*, defaults to `False`):
+            For `"overlapped"`: let DDP copy rank 0's buffers to the others before a forward.
+        comm_hook (`str`, *optional*, defaults to `"no"`):
+            For `"overlapped"`: `"fp16"` or `"bf16"` sends gradients in that precision.
+        log_on_each_rank (`bool`, *optional*, defaults to `False`):
+            Keep banners, progress bars and warnings on every rank, to look into a rank that differs.
+
+    Raises:
+        ValueError: for a value that an option does not know, or an unknown `ACCELERATE_UNSLOTH_*` variable.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth import UnslothPlugin
+    >>> UnslothPlugin(gradient_sync="overlapped", bucket_cap_mb=50).ddp_kwargs().bucket_cap_mb
+    50
+    ```
+    """
+
+    engine: Literal["auto", "unsloth", "reference"] = _option("auto")
+    gradient_sync: Literal["auto", "after_backward", "overlapped"] = _option("auto")
+    gradient_as_bucket_view: bool = _option(True)
+    find_unused_parameters: bool | None = _option(None)
+    static_graph: bool = _option(False)
+    bucket_cap_mb: int = _option(25)
+    broadcast_buffers: bool = _option(False)
+    comm_hook: Literal["no", "fp16", "bf16"] = _option("no")
+    log_on_each_rank: bool = _option(False)
+
+    def __post_init__(self):
+        _reject_unknown_variables({f.name for f in fields(self)})
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            value, source = getattr(self, option.name), option.name
+            variable = PREFIX + option.name.upper()
+            if value is None and variable in os.environ:
+                value, source = os.environ[variable], variable
+            setattr(self, option.name, option.metadata["default"] if value is None else _parse(source, value, hints[option.name]))
+
+    def ddp_kwargs(self, **overrides: Any):
+        """
+        The DDP preset as Accelerate wants it.
+
+        Args:
+            overrides (`Any`):
+                Fields of `DistributedDataParallelKwargs` that win over the preset.
+
+        Returns:
+            [`~accelerate.DistributedDataParallelKwargs`]: a plain instance, because `Accelerator` looks handlers up
+            by their exact class and rejects a subclass (accelerate 1.15, `Accelerator.__init__`).
+        """
+        from accelerate import DistributedDataParallelKwargs
+
+        preset = {
+            "gradient_as_bucket_view": self.gradient_as_bucket_view,
+            "static_graph": self.static_graph,
+            "bucket_cap_mb": self.bucket_cap_mb,
+            "broadcast_buffers": self.broadcast_buffers,
+            "comm_hook": self.comm_hook,
+        }
+        if self.find_unused_parameters is not None:
+            preset["find_unused_parameters"] = self.find_unused_parameters
+        return DistributedDataParallelKwargs(**{**preset, **overrides})
+
+    def kwargs_handlers(self) -> list:
+        """
+        What to pass as `Accelerator(kwargs_handlers=...)` in a loop of one's own.
+
+        Example:
+
+        ```python
+        >>> from accelerate import Accelerator
+        >>> from accelerate_unsloth import UnslothPlugin
+        >>> accelerator = Accelerator(kwargs_handlers=UnslothPlugin().kwargs_handlers())
+        ```
+        """
+        return [self.ddp_kwargs()]
+
+
+def _parse(source: str, value: Any, hint: Any) -> Any:
+    """Check `value` of the option or variable `source` against its type, reading it from text if it is text."""
+    if get_origin(hint) is Literal:
+        allowed = get_args(hint)
+        if value in allowed:
+            return value
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        hint_text = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{source}={value!r} is not known; choose one of {', '.join(allowed)}.{hint_text}")
+    if hint is int:
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = 0
+        if number < 1:
+            raise ValueError(f"{source}={value!r} is not a whole number above 0. Give one, for example 25.")
+        return number
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in _TRUE | _FALSE:
+        return str(value).lower() in _TRUE
+    raise ValueError(f"{source}={value!r} is neither true nor false; use 1 or 0.")
+
+
+def _reject_unknown_variables(options: set[str]) -> None:
+    known = {PREFIX + option.upper() for option in options}
+    for variable in os.environ:
+        if variable.startswith(PREFIX) and variable not in known:
+            close = difflib.get_close_matches(variable, known, n=1)
+            advice = f"Did you mean {close[0]}?" if close else f"Known ones are {', '.join(sorted(known))}."
+            raise ValueError(f"The environment variable {variable} is not known to accelerate_unsloth. {advice}")

@@ -1,0 +1,1 @@
+"""One automatic decision a file: `resolve(...)` gives a frozen choice with its reason."""

@@ -1,0 +1,60 @@
+"""
+One voice per launch: banners, notices, progress bars and statistics downloads on rank 0 only.
+
+What a rank raises is never hidden; `log_on_each_rank` lets everything through.
+"""
+
+import io
+import os
+import sys
+import warnings
+from contextlib import contextmanager, redirect_stdout
+
+from .distributed import topology
+
+_muted = False
+
+# Read by the libraries when they are imported, so they have to be set before.
+_QUIET_ENVIRONMENT = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+}
+
+
+def quiet_other_ranks(plugin) -> None:
+    """Mute this process unless it is rank 0. Call before transformers, datasets or Unsloth are imported."""
+    global _muted
+    if topology().is_main or plugin.log_on_each_rank or _muted:
+        return
+    _muted = True
+    for name, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    _mute_imported_libraries()
+
+
+def _mute_imported_libraries() -> None:
+    """The same for libraries that the script imported before us, which have read their environment already."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
+
+
+@contextmanager
+def muted_prints():
+    """Drop what the body prints to standard output, on the ranks that are muted. Unsloth's banners are prints."""
+    if not _muted:
+        yield
+        return
+    with redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,101 @@
+"""
+The one all-reduce of an optimizer step: gradients, loss and token counts of all ranks in one flat buffer.
+
+Each rank brings the gradient of its own mean loss and the number of tokens behind it. The reduced gradient is that of
+the mean over all tokens of all ranks, as one process would have computed it on the whole effective batch.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+
+class FlatReducer:
+    """
+    Reduces the gradients of `parameters` over all ranks, weighted by each rank's number of loss items.
+
+    The buffer is float32 (float64 if a parameter is), whatever the gradients are, and lives as long as the reducer:
+    4 bytes a trainable value. A parameter without gradient on this rank counts as zero; without gradient on every
+    rank it keeps none, so that an optimizer's weight decay passes it over as it would in one process.
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`):
+            The trainable parameters, in the same order on every rank and all on one device.
+
+    Raises:
+        ValueError: if no parameter is trainable.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
+        self._parameters = [p for p in parameters if p.requires_grad]
+        if not self._parameters:
+            raise ValueError("No parameter is trainable. Add adapters with get_peft_model, or set full_finetuning=True.")
+        first = self._parameters[0]
+        double = any(p.dtype == torch.float64 for p in self._parameters)
+        self._sizes = [p.numel() for p in self._parameters]
+        # Behind the gradients: one presence flag a parameter, then the totals of the step.
+        self._num_values, self._num_flags = sum(self._sizes), len(self._sizes)
+        self._buffer = torch.zeros(
+            self._num_values + self._num_flags + 3,
+            dtype=torch.float64 if double else torch.float32,
+            device=first.device,
+        )
+        flat = self._buffer[: self._num_values].split(self._sizes)
+        self._views = [view.view_as(p) for view, p in zip(flat, self._parameters, strict=True)]
+
+    @torch.no_grad()
+    def reduce(self, loss: torch.Tensor, num_items: torch.Tensor, num_tokens: torch.Tensor):
+        """
+        Replace each parameter's gradient by the mean over all loss items of all ranks.
+
+        Args:
+            loss (`torch.Tensor`): This rank's mean loss over its items in this step, a scalar.
+            num_items (`torch.Tensor`): Number of loss items behind it, a scalar; 0 if the rank had none.
+            num_tokens (`torch.Tensor`): Tokens this rank processed, a scalar.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: mean loss over all items, and tokens of all ranks.
+        """
+        values, flags, totals = self._buffer.split([self._num_values, self._num_flags, 3])
+        present = [p.grad is not None for p in self._parameters]
+        if all(present):
+            flags.fill_(1.0)
+        else:
+            values.zero_()
+            flags.copy_(torch.tensor(present, dtype=flags.dtype))
+        views = [view for view, has in zip(self._views, present, strict=True) if has]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_copy_(views, gradients)
+        totals.copy_(torch.stack([loss.double() * num_items, num_items, num_tokens]))
+        values.mul_(totals[1])
+        # A rank without items has nothing to say, even where its gradient is not a number.
+        values.masked_fill_(totals[1] == 0, 0.0)
+        totals[0].masked_fill_(totals[1] == 0, 0.0)
+        dist.all_reduce(self._buffer)
+        weight = totals[1].clamp(min=1.0)
+        values.div_(weight)
+        if gradients:
+            torch._foreach_copy_(gradients, views)
+        if not all(present):
+            self._add_missing_gradients(present, flags)
+        return totals[0] / weight, totals[2].clone()
+
+    def _add_missing_gradients(self, present: list[bool], flags: torch.Tensor) -> None:
+        for parameter, view, has, ranks_with in zip(
+            self._parameters, self._views, present, flags.tolist(), strict=True
+        ):
+            if not has and ranks_with > 0:
+                parameter.grad = view.to(parameter.dtype, copy=True)
+
+    @torch.no_grad()
+    def broadcast_parameters(self) -> None:
+        """Give every rank the trainable weights of rank 0, bit for bit."""
+        for dtype in sorted({p.dtype for p in self._parameters}, key=str):
+            same = [p for p in self._parameters if p.dtype == dtype]
+            flat = torch.cat([p.detach().reshape(-1) for p in same])
+            dist.broadcast(flat, src=0)
+            torch._foreach_copy_(
+                same, [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in same]), same, strict=True)]
+            )

@@ -1,0 +1,78 @@
+"""
+One writer: in a launch of several processes rank 0 writes, the others wait and learn of a failure.
+
+PEFT's and Unsloth's saving methods are called by every rank of a plain script, and would write the same files N times.
+"""
+
+import functools
+from types import MethodType
+
+from .distributed import channel, topology
+
+# Methods of models and tokenizers that write files or push to the hub.
+_WRITERS = (
+    "save_pretrained",
+    "push_to_hub",
+    "save_pretrained_merged",
+    "push_to_hub_merged",
+    "save_pretrained_gguf",
+    "push_to_hub_gguf",
+    "save_pretrained_ggml",
+    "push_to_hub_ggml",
+    "save_pretrained_torchao",
+)
+
+_writing = False
+
+
+def write_once(name, write):
+    """
+    Run `write` on rank 0 while the other ranks wait.
+
+    Args:
+        name (`str`): What is written, the same on all ranks.
+        write (`Callable[[], Any]`): Writes it.
+
+    Returns:
+        What `write` returned, on rank 0; `None` elsewhere.
+
+    Raises:
+        PeerFailure: on the waiting ranks if `write` raised.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth import saving
+    >>> saving.write_once("notes", lambda: "written")
+    'written'
+    ```
+    """
+    global _writing
+    if _writing or topology().world_size == 1:
+        return write()
+    _writing = True
+    try:
+        return channel().run_on_main(f"write/{name}", write)
+    finally:
+        _writing = False
+
+
+def guard(thing) -> None:
+    """Let the writing methods of a model or tokenizer run on rank 0 only. Safe to call again after wrapping it."""
+    if topology().world_size == 1:
+        return
+    for name in _WRITERS:
+        method = getattr(thing, name, None)
+        # A PEFT model forwards unknown names to its base model, whose methods are not its own.
+        if getattr(method, "__self__", None) is thing and not hasattr(method.__func__, "_writes_once"):
+            # A bound method, not a closure over `thing`: a deep copy of the model must save itself.
+            setattr(thing, name, MethodType(_once(name, method.__func__), thing))
+
+
+def _once(name, function):
+    @functools.wraps(function)
+    def guarded(self, target, *args, **kwargs):
+        return write_once(f"{name}/{target}", lambda: function(self, target, *args, **kwargs))
+
+    guarded._writes_once = True
+    return guarded
