@@ -75,7 +75,11 @@ class UnslothPlugin:
             variable = PREFIX + option.name.upper()
             if value is None and variable in os.environ:
                 value, source = os.environ[variable], variable
-            setattr(self, option.name, option.metadata["default"] if value is None else _parse(source, value, hints[option.name]))
+            setattr(
+                self,
+                option.name,
+                option.metadata["default"] if value is None else _parse(source, value, hints[option.name]),
+            )
 
     def ddp_kwargs(self, **overrides: Any):
         """

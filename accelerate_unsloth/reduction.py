@@ -30,7 +30,9 @@ class FlatReducer:
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
         self._parameters = [p for p in parameters if p.requires_grad]
         if not self._parameters:
-            raise ValueError("No parameter is trainable. Add adapters with get_peft_model, or set full_finetuning=True.")
+            raise ValueError(
+                "No parameter is trainable. Add adapters with get_peft_model, or set full_finetuning=True."
+            )
         first = self._parameters[0]
         double = any(p.dtype == torch.float64 for p in self._parameters)
         self._sizes = [p.numel() for p in self._parameters]

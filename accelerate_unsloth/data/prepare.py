@@ -10,12 +10,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import datasets
 import pyarrow.compute as pc
+from accelerate import PartialState
 
 from ..distributed import channel, topology
+from ..ledger import Ledger
 from .loader import IGNORED
 
 _PROBE_ROWS = 8
@@ -38,10 +41,26 @@ def prepare_once(dataset, prepare: Callable, split: str):
     """
     if topology().world_size == 1 or not isinstance(dataset, datasets.Dataset):
         return prepare(dataset)
-    folder = channel().run_on_local_main(f"prepare/{split}", lambda: str(_write(prepare(dataset))))
-    if not topology().is_local_main:
-        prepare(dataset.select(range(min(_PROBE_ROWS, len(dataset)))))
+    with _without_ordering():
+        folder = channel().run_on_local_main(f"prepare/{split}", lambda: str(_write(prepare(dataset))))
+        if not topology().is_local_main:
+            prepare(dataset.select(range(min(_PROBE_ROWS, len(dataset)))))
     return datasets.load_from_disk(folder)
+
+
+@contextmanager
+def _without_ordering():
+    """
+    Let the preparation run on one rank alone: TRL's waits for all ranks in it (`main_process_first`, trl 1.15.0,
+    `global_then_local_main_first`).
+    """
+    patches = Ledger()
+    for name in ("main_process_first", "local_main_process_first"):
+        patches.patch(PartialState, name, lambda state: nullcontext())
+    try:
+        yield
+    finally:
+        patches.undo()
 
 
 def _write(prepared: datasets.Dataset) -> Path:

@@ -153,9 +153,7 @@ class EffectiveBatchSampler(Sampler):
         return self.num_steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(
-            self.num_samples, self.seed, self.epoch, self.strategy, self.lengths, self.effective_batch
-        )
+        order = epoch_order(self.num_samples, self.seed, self.epoch, self.strategy, self.lengths, self.effective_batch)
         for start in range(0, self.num_steps * self.effective_batch, self.effective_batch):
             samples = order[start : start + self.effective_batch]
             for row in deal(samples, self.world_size, self.accumulation, self.micro_batch):

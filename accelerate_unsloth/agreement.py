@@ -1,0 +1,85 @@
+"""
+What must be equal on all ranks, compared before training.
+
+A rank that starts with another learning rate, data set or model does not fail by itself: it makes all of them train
+something that nobody asked for, or wait for each other for ever.
+"""
+
+import hashlib
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from .distributed import channel, topology
+
+_LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth")
+
+# Arguments that differ between ranks by right, or that only the writing rank uses.
+_LOCAL_ARGUMENTS = {"local_rank", "log_level", "log_level_replica", "logging_dir", "output_dir", "run_name"}
+
+
+def describe(trainer) -> dict[str, Any]:
+    """
+    Everything of a trainer that has to be the same on all ranks, flat and JSON-serialisable.
+
+    Secrets stay out: transformers masks its tokens in `to_dict`, and nothing is read from the environment.
+    """
+    described = {f"version of {name}": version(name) for name in _LIBRARIES}
+    arguments = {name: value for name, value in trainer.args.to_dict().items() if name not in _LOCAL_ARGUMENTS}
+    described |= {f"argument {name}": repr(value) for name, value in arguments.items()}
+    described |= {f"plugin option {name}": value for name, value in asdict(trainer.plugin).items()}
+    described["model configuration"] = _digest(trainer.model.config.to_dict())
+    trainable = [(n, tuple(p.shape), str(p.dtype)) for n, p in trainer.model.named_parameters() if p.requires_grad]
+    described["number of trainable tensors"] = len(trainable)
+    described["names, shapes and types of trainable tensors"] = _digest(trainable)
+    if hasattr(trainer.train_dataset, "__len__"):
+        described["samples of the training data set"] = len(trainer.train_dataset)
+        described["first and last sample"] = _digest([trainer.train_dataset[0], trainer.train_dataset[-1]])
+    return described
+
+
+def differences(descriptions: list[dict[str, Any]]) -> list[str]:
+    """
+    One line for each entry that is not the same on all ranks.
+
+    Args:
+        descriptions (`list[dict]`): What [`describe`] gave on each rank, in rank order.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.agreement import differences
+    >>> differences([{"argument seed": 1}, {"argument seed": 2}])
+    ['argument seed: 1 on rank 0; 2 on rank 1']
+    ```
+    """
+    lines = []
+    for name in sorted({name for description in descriptions for name in description}):
+        ranks = {}
+        for rank, description in enumerate(descriptions):
+            ranks.setdefault(str(description.get(name, "absent")), []).append(str(rank))
+        if len(ranks) > 1:
+            said = "; ".join(f"{value} on rank{'s' * (len(who) > 1)} {', '.join(who)}" for value, who in ranks.items())
+            lines.append(f"{name}: {said}")
+    return lines
+
+
+def check(trainer) -> None:
+    """
+    Compare the trainers of all ranks. Every rank gets the same answer.
+
+    Raises:
+        ValueError: naming each entry that differs, with its ranks and values.
+    """
+    if topology().world_size == 1:
+        return
+    lines = differences(channel().gather("settings", describe(trainer)))
+    if lines:
+        raise ValueError(
+            "The ranks of this launch were set up differently:\n  " + "\n  ".join(lines) + "\nTraining needs the same "
+            "on all of them. Look for code that depends on the rank, the host or the time."
+        )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]

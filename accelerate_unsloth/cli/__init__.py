@@ -1,0 +1,22 @@
+"""The command line: `accelerate-unsloth`. One file a command."""
+
+import typer
+
+from .config import app as config_app
+
+app = typer.Typer(
+    name="accelerate-unsloth",
+    help="Exact and fast multi-GPU fine-tuning with Unsloth.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.add_typer(config_app, name="config")
+
+
+@app.callback(invoke_without_command=True)
+def main(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from .. import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit

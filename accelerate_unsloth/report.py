@@ -1,0 +1,51 @@
+"""The table that rank 0 prints before training: what was decided, and why."""
+
+from importlib.metadata import version
+
+from rich.console import Console
+from rich.table import Table
+
+_VERSIONS = ("unsloth", "trl", "transformers", "accelerate", "peft", "torch")
+
+
+def rows(trainer, engine) -> list[tuple[str, str, str]]:
+    """Subject, decision and reason of each line."""
+    args, world_size = trainer.args, trainer.accelerator.num_processes
+    parameters = list(trainer.model.parameters())
+    trainable, every = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    micro_batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    return [
+        ("engine", engine.name, engine.reason),
+        (
+            "effective batch",
+            f"{micro_batch * accumulation * world_size} samples",
+            f"per device {micro_batch} x accumulation {accumulation} x processes {world_size}",
+        ),
+        ("gradient sync", trainer.gradient_sync.mode, trainer.gradient_sync.reason),
+        ("loss", "mean over all tokens", _loss_reason(trainer)),
+        ("samples", *_sampling(trainer)),
+        ("trainable", f"{trainable:,}", f"of {every:,} parameters ({100 * trainable / max(every, 1):.2f}%)"),
+        ("versions", "", ", ".join(f"{name} {version(name)}" for name in _VERSIONS)),
+    ]
+
+
+def _loss_reason(trainer) -> str:
+    if trainer.token_mean_was_off:
+        return "of all ranks and micro-batches; average_tokens_across_devices=False would weigh ranks, not tokens"
+    return "of all ranks and micro-batches"
+
+
+def _sampling(trainer) -> tuple[str, str]:
+    if trainer.plans_samples(trainer.train_dataset):
+        return "planned", "each sample once an epoch, the same in each step on any number of processes"
+    return "streamed", "the data set has no length, so accelerate splits the stream; steps depend on the processes"
+
+
+def show(trainer, engine) -> None:
+    """Print the table on rank 0."""
+    if not trainer.is_world_process_zero():
+        return
+    table = Table(title="accelerate_unsloth", title_justify="left", show_header=False, pad_edge=False)
+    for subject, decision, reason in rows(trainer, engine):
+        table.add_row(subject, decision, reason)
+    Console(soft_wrap=False).print(table)

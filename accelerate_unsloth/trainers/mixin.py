@@ -1,0 +1,263 @@
+"""
+What every trainer shares: exact steps on any number of processes, whatever Unsloth or TRL compute inside them.
+
+The mixin sits in front of a TRL trainer, as Unsloth left it or plain, and overrides where the stock Trainer's ranks
+would meet: the data loader, the token count, the training step, evaluation and saving. Private methods of the Trainer
+that it relies on are listed in `tests/test_patched_points.py`.
+"""
+
+import functools
+
+import torch
+from accelerate.utils import DistributedType
+from torch.utils.data import IterableDataset
+
+from .. import agreement, report, saving
+from ..data.loader import PlannedDataLoader, count_items, count_tokens
+from ..data.prepare import check_has_labels, check_not_empty, prepare_once
+from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
+from ..distributed import channel
+from ..engines.loaded import choice
+from ..plugin import UnslothPlugin
+from ..policies import gradient_sync
+from ..quiet import muted_prints
+from ..reduction import FlatReducer
+
+_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+class DistributedTrainerMixin:
+    """
+    Mixin for TRL trainers. Put it first among the bases.
+
+    Args:
+        plugin ([`UnslothPlugin`], *optional*):
+            Options; by default those of the environment.
+
+    Raises:
+        ValueError: for data without samples or labels, ranks that were set up differently, or a launch that is not
+            data parallel.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth import DistributedTrainerMixin
+    >>> from trl import RewardTrainer
+    >>> class MyRewardTrainer(DistributedTrainerMixin, RewardTrainer): ...
+    ```
+    """
+
+    def __init__(self, *args, plugin: UnslothPlugin | None = None, **kwargs):
+        self.plugin = plugin if plugin is not None else UnslothPlugin()
+        if self.plugin.engine not in ("auto", choice.name):
+            raise ValueError(
+                f"engine={self.plugin.engine!r} comes too late: {choice.name!r} was chosen when accelerate_unsloth was "
+                f"first used. Set the environment variable ACCELERATE_UNSLOTH_ENGINE={self.plugin.engine} instead."
+            )
+        self._reducer = None
+        self._step_items = self._step_tokens = self._loss_weight = None
+        self._eval_sums = None
+        with muted_prints():
+            super().__init__(*args, **kwargs)
+        check_has_labels(self.train_dataset, "training")
+        if self.accelerator.distributed_type not in _DATA_PARALLEL:
+            raise ValueError(
+                f"This launch uses {self.accelerator.distributed_type.value}, and accelerate_unsloth trains with plain "
+                "data parallelism. Launch with unsloth_ddp.yaml, or use trl's own trainer."
+            )
+        self._resolve_policies()
+        agreement.check(self)
+        report.show(self, choice)
+
+    def _resolve_policies(self) -> None:
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        world_size = self.accelerator.num_processes
+        takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        self.gradient_sync = gradient_sync.resolve(self.plugin.gradient_sync, world_size, trainable, takes_count)
+        # The token count of a step is needed by every rank under DDP, and by no other rank under our own reduction.
+        self.token_mean_was_off = world_size > 1 and not self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = self.gradient_sync.mode == "overlapped"
+        if self.gradient_sync.mode == "after_backward":
+            # Device placement and mixed precision as always, but no DDP around the model.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    # ---- Construction ----
+
+    def _build_accelerator_args(self, **kwargs):
+        """The Trainer's accelerator, with the plugin's DDP preset; the user's own `ddp_*` arguments win."""
+        args = super()._build_accelerator_args(**kwargs)
+        (handler,) = args["kwargs_handlers"]
+        chosen = handler.to_kwargs()
+        if self.plugin.find_unused_parameters is not None and self.args.ddp_find_unused_parameters is None:
+            chosen.pop("find_unused_parameters", None)
+        args["kwargs_handlers"] = [self.plugin.ddp_kwargs(**chosen)]
+        return args
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        """TRL's or Unsloth's preparation, once a node."""
+        check_not_empty(dataset, "given")
+        prepare = functools.partial(super()._prepare_dataset)
+        return prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), "data")
+
+    # ---- Data ----
+
+    def plans_samples(self, dataset) -> bool:
+        """Whether the samples of a data set can be dealt exactly, which takes a length and random access."""
+        return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        """Deal the samples ourselves where we can; predictions for metrics keep accelerate's loader."""
+        if not self.plans_samples(dataset) or (not is_training and self.compute_metrics is not None):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        if is_training:
+            sampler = self._train_sampler(dataset, batch_size)
+        else:
+            place = self.accelerator
+            sampler = EvaluationSampler(len(dataset), place.num_processes, place.process_index, batch_size)
+        if hasattr(dataset, "column_names"):
+            dataset, collator = self._remove_unused_columns(dataset, description=description), self.data_collator
+        else:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        workers = self.args.dataloader_num_workers
+        return PlannedDataLoader(
+            dataset,
+            sampler,
+            collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def _train_sampler(self, dataset, batch_size: int) -> EffectiveBatchSampler:
+        strategy, lengths = self.args.train_sampling_strategy, None
+        if strategy == "group_by_length":
+            lengths = [len(ids) for ids in dataset["input_ids"]]
+        return EffectiveBatchSampler(
+            len(dataset),
+            world_size=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            micro_batch=batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+            strategy=strategy,
+            lengths=lengths,
+        )
+
+    # ---- The step ----
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.gradient_sync.mode == "after_backward":
+            self._reducer = FlatReducer(self.model.parameters())
+            self._reducer.broadcast_parameters()
+        logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+        self._num_tokens = torch.tensor(
+            float(logged[-1] if logged else 0), device=self.args.device, dtype=torch.float64
+        )
+        return prepared
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of this rank's next optimizer step, with the number of loss items in each."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        shifted = getattr(self, "_loss_shifts_labels", True)
+        self._items_ahead = [count_items(batch, shifted) for batch in batches]
+        counted = sum(self._items_ahead) if num_items is None else num_items
+        self._step_items = torch.as_tensor(counted, device=device, dtype=torch.float64)
+        self._step_tokens = torch.tensor(
+            sum(count_tokens(batch) for batch, items in zip(batches, self._items_ahead, strict=True) if items),
+            device=device,
+            dtype=torch.float64,
+        )
+        self._step_loss = torch.zeros((), device=device, dtype=torch.float64)
+        return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """
+        Forward and backward of one micro-batch, and after the last of a step the reduction over all ranks.
+
+        Returns:
+            `torch.Tensor`: under `after_backward` the loss of the whole step over all ranks, with its last
+            micro-batch, and zero before; else what the stock Trainer returns.
+        """
+        items = self._items_ahead.pop(0)
+        if self.gradient_sync.mode == "overlapped":
+            self._count_tokens_of_step()
+            return super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
+        if items:  # nothing can be learnt from a filler, or where every label is masked
+            if num_items_in_batch is None:
+                # The loss is a mean over the micro-batch, which the Trainer divides by the micro-steps.
+                self._loss_weight = items * self.current_gradient_accumulation_steps / self._step_items
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._loss_weight = None
+        if self.gradient_sync.mode == "none":
+            self._count_tokens_of_step()
+            return loss
+        self._step_loss += loss
+        if not self.accelerator.sync_gradients:
+            return torch.zeros_like(loss)
+        loss_of_all, tokens_of_all = self._reducer.reduce(self._step_loss, self._step_items, self._step_tokens)
+        self._num_tokens += tokens_of_all
+        return loss_of_all.to(loss.dtype)
+
+    def _count_tokens_of_step(self) -> None:
+        if self.accelerator.sync_gradients:
+            self._num_tokens += self._step_tokens
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if self._loss_weight is None:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        loss = loss * self._loss_weight.to(loss.dtype)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            tokens = self._num_tokens
+            if self.gradient_sync.mode == "overlapped":
+                tokens = self.accelerator.reduce(tokens, reduction="sum")
+            logs["num_tokens"] = int(tokens.item())
+        return super().log(logs, *args, **kwargs)
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """The stock loop; without metrics of one's own the loss is the exact mean over all tokens of all ranks."""
+        exact = isinstance(dataloader, PlannedDataLoader)
+        self._eval_sums = [0.0, 0] if exact else None
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if exact:
+            losses, items = zip(*channel().gather("evaluation", self._eval_sums), strict=True)
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / max(sum(items), 1)
+            self._eval_sums = None
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        if self._eval_sums is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        items = count_items(inputs, getattr(self, "_loss_shifts_labels", True))
+        if not items:
+            return torch.zeros((), device=self.args.device), None, None
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        self._eval_sums[0] += loss.item() * items
+        self._eval_sums[1] += items
+        return loss, logits, labels
+
+    # ---- Saving ----
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Write the model on rank 0, while the others wait."""
+        save = functools.partial(super().save_model, output_dir, _internal_call=_internal_call)
+        saving.write_once(f"model/{output_dir or self.args.output_dir}", save)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Push from rank 0, while the others wait."""
+        return saving.write_once("push_to_hub", functools.partial(super().push_to_hub, *args, **kwargs))

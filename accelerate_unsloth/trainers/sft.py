@@ -1,0 +1,98 @@
+"""`trl.SFTTrainer`, as Unsloth left it or plain, for several processes."""
+
+from ..engines.loaded import choice
+
+# isort: split
+import transformers
+import trl
+from trl import SFTConfig
+
+from .mixin import DistributedTrainerMixin
+
+
+class _PlainLossSFTTrainer(trl.SFTTrainer):
+    """
+    TRL's trainer with the model's own loss, for the reference engine.
+
+    `trl.SFTTrainer.compute_loss` always runs a fused LM head written in Triton, which needs a GPU, and gathers three
+    metrics across ranks in every micro-step (trl 1.15.0, sft_trainer.py). Delete this when it does neither.
+    """
+
+    def __init__(self, model, args=None, *rest, **kwargs):
+        if isinstance(args, SFTConfig):
+            if args.loss_type == "dft":
+                raise ValueError(
+                    "loss_type='dft' needs TRL's fused LM head on a GPU; the reference engine knows 'nll'."
+                )
+            _take_settings_of_model(args, model)
+        super().__init__(model, args, *rest, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return transformers.Trainer.compute_loss(
+            self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch
+        )
+
+
+def _take_settings_of_model(args, model) -> None:
+    """What `FastLanguageModel` was told wins over the trainer's defaults, as in Unsloth's trainer."""
+    longest = getattr(model, "max_seq_length", None)
+    if longest is not None and args.max_length is not None:
+        given = args.max_length != SFTConfig.__dataclass_fields__["max_length"].default
+        args.max_length = min(longest, args.max_length) if given else longest
+    args.gradient_checkpointing = getattr(model, "_accelerate_unsloth_checkpointing", args.gradient_checkpointing)
+    if args.n_gpu > 1:  # one process, several GPUs: use one, as Unsloth does, instead of nn.DataParallel
+        args._n_gpu = 1
+
+
+class SFTTrainer(DistributedTrainerMixin, _PlainLossSFTTrainer if choice.name == "reference" else trl.SFTTrainer):
+    """
+    `trl.SFTTrainer` that gives the same loss curve on one process and on N.
+
+    Args:
+        args (`Any`), kwargs (`Any`):
+            As for `trl.SFTTrainer`.
+        plugin ([`UnslothPlugin`], *optional*):
+            Options; by default those of the environment.
+
+    Raises:
+        ValueError: for data without samples, without a usable column or without labels, or ranks that were set up
+            differently.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer
+    >>> model, tokenizer = FastLanguageModel.from_pretrained("path/to/model", max_seq_length=2048)
+    >>> model = FastLanguageModel.get_peft_model(model, r=16)
+    >>> trainer = SFTTrainer(model, SFTConfig("out"), train_dataset=dataset, processing_class=tokenizer)
+    >>> trainer.train()
+    ```
+    """
+
+    def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, **kwargs):
+        for split, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+            _check_columns(dataset, split, args, kwargs.get("formatting_func"))
+        super().__init__(model, args, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+
+
+def _check_columns(dataset, split: str, args, formatting_func) -> None:
+    """
+    Make sure that TRL can find the text.
+
+    Raises:
+        ValueError: if no column holds it, or there are no rows.
+    """
+    from ..data.prepare import check_not_empty
+
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list):
+        return
+    check_not_empty(dataset, split)
+    text = getattr(args, "dataset_text_field", None) or "text"
+    known = ({text}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"}, {"image"}, {"images"})
+    if formatting_func is None and not any(need <= set(columns) for need in known):
+        raise ValueError(
+            f"The {split} data set has the columns {', '.join(map(repr, columns))}, and none of the forms that SFT "
+            f"reads: {text!r}, 'prompt' and 'completion', 'messages', or 'input_ids'. Rename a column, set "
+            "dataset_text_field, or pass formatting_func."
+        )

@@ -1,0 +1,70 @@
+"""Start worker scripts as a user would: under `accelerate launch`, with real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate_unsloth import configs
+
+ROOT = Path(__file__).parent.parent
+WORKERS = Path(__file__).parent / "workers"
+
+
+@dataclass
+class Finished:
+    status: int
+    output: str  # standard output and error of all processes
+    seconds: float
+
+
+def launch(script: Path, arguments=(), processes: int = 2, environment=None, timeout_s: int = 120) -> Finished:
+    """Run `script` in `processes` processes; fail the test if they have not ended after `timeout_s` seconds."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(configs.path("unsloth_ddp_cpu"))]
+        # Port 0 lets the launcher find a free one, so that tests can run side by side.
+        command += ["--num_processes", str(processes), "--main_process_port", "0"]
+    command += [str(script), *map(str, arguments)]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=clean_environment(environment),
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {timeout_s} s: {command}\n{output[-4000:]}") from None
+    return Finished(process.returncode, output, time.monotonic() - start)
+
+
+def clean_environment(extra=None) -> dict[str, str]:
+    """This environment without what a launcher or an earlier test left in it, and without GPUs or a hub."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ACCELERATE_", "UNSLOTH_")) and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return environment | (extra or {})
+
+
+def result(folder: Path, rank: int = 0) -> dict:
+    return json.loads((folder / f"result{rank}.json").read_text())

@@ -1,0 +1,88 @@
+"""
+Fine-tune the tiny model and write down what happened: losses, weights, and what each rank saw.
+
+Options are JSON on the command line: `{"args": SFTConfig arguments, "lora": ..., "plugin": ..., "then": [...]}`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
+
+# isort: split
+import datasets
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+
+def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
+    out = Path(out)
+    model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128, **options.get("load", {}))
+    if not options.get("load", {}).get("full_finetuning"):
+        model = FastLanguageModel.get_peft_model(
+            model, **{"r": 4, "use_gradient_checkpointing": False} | options.get("lora", {})
+        )
+    rows = datasets.Dataset.from_json(data_file, cache_dir=str(out / "json_cache"))
+    evaluation = rows.select(range(7)) if options.get("evaluate") else None
+    maps = count_mapped_rows()
+    arguments = {
+        "per_device_train_batch_size": 1,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(str(out / "run"), **arguments | options.get("args", {})),
+        train_dataset=rows,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        plugin=UnslothPlugin(**options.get("plugin", {})),
+    )
+    before = trainer.evaluate() if evaluation is not None else {}
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    if options.get("save"):
+        trainer.save_model(str(out / "adapter"))
+        model.save_pretrained_merged(str(out / "merged"), tokenizer)
+    rank = PartialState().process_index
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    report = {
+        "losses": [entry["loss"] for entry in history],
+        "grad_norms": [entry["grad_norm"] for entry in history],
+        "num_tokens": [entry["num_tokens"] for entry in history],
+        "gradient_sync": trainer.gradient_sync.mode,
+        "mapped_rows": maps,
+        "eval_losses": [before.get("eval_loss")]
+        + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+    (out / f"result{rank}.json").write_text(json.dumps(report))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(weights, out / f"weights{rank}.safetensors")
+
+
+def count_mapped_rows() -> list[int]:
+    """Rows that this process really maps; what comes out of a cache is not counted."""
+    counted = []
+    original = datasets.Dataset._map_single
+
+    def counting(shard, *args, **kwargs):
+        counted.append(len(shard))
+        yield from original(shard, *args, **kwargs)
+
+    datasets.Dataset._map_single = staticmethod(counting)
+    return counted
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    main(*sys.argv[1:4], json.loads(sys.argv[4]))
