@@ -15,7 +15,15 @@ from .distributed import channel, topology
 _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth")
 
 # Arguments that differ between ranks by right, or that only the writing rank uses.
-_LOCAL_ARGUMENTS = {"local_rank", "log_level", "log_level_replica", "logging_dir", "output_dir", "run_name"}
+_LOCAL_ARGUMENTS = {
+    "disable_tqdm",
+    "local_rank",
+    "log_level",
+    "log_level_replica",
+    "logging_dir",
+    "output_dir",
+    "run_name",
+}
 
 
 def describe(trainer) -> dict[str, Any]:

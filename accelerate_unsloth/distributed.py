@@ -161,17 +161,27 @@ class Channel:
             raise PeerFailure(f"another rank failed in {key!r}: {outcome['error']}")
         return outcome["result"]
 
-    def fail(self, report: str | None) -> None:
-        """Tell every rank that this one ends with an error; `report` is `None` if another rank's error ended it."""
-        self._post(f"failed/{self.topology.rank}", report)
-        self._store.compare_set("failed", "", str(self.topology.rank))
+    def fail(self, report: str) -> tuple[int, str]:
+        """
+        Tell every rank that this one ends with an error.
+
+        Args:
+            report (`str`): The error in words.
+
+        Returns:
+            `tuple[int, str]`: the rank that failed first, and its report.
+        """
+        rank = self.topology.rank
+        self._post(f"failed/{rank}", report)
+        first = int(self._store.compare_set("failed", "", str(rank)))
+        return first, json.loads(self._store.get(f"failed/{first}"))
 
     def failed_rank(self) -> int | None:
         """The first rank that reported a failure, if any."""
         return int(self._store.get("failed")) if self._store.check(["failed"]) else None
 
     def wait_for_failure_of_main(self, timeout_s: float) -> str | None:
-        """What rank 0 reported as its error, or `None` if it has none of its own within `timeout_s` seconds."""
+        """What rank 0 reported as its error, or `None` if it reports none within `timeout_s` seconds."""
         try:
             self._store.wait(["failed/0"], timedelta(seconds=timeout_s))
         except RuntimeError:

@@ -1,9 +1,10 @@
 """
 One message for one error: what an uncaught exception does in a launch of several processes.
 
-Ranks usually fail together, and N tracebacks hide the one sentence that matters. Rank 0 prints its own error at once.
-Another rank gives rank 0 a few seconds to report the same error, and prints only what rank 0 does not. Each then ends
-with a non-zero status, upon which the launcher ends whoever is left.
+Ranks usually fail together, and N tracebacks hide the one sentence that matters. Rank 0 prints what it shares with the
+rank that failed first; that rank gives rank 0 a few seconds to do so, and prints only what rank 0 does not. An error
+that follows from another rank's (a broken connection, say) is not printed. Each process then ends with a non-zero
+status, upon which the launcher ends whoever is left.
 """
 
 import sys
@@ -12,7 +13,7 @@ import traceback
 from .distributed import PeerFailure, channel, end_process_soon, topology
 from .ledger import ledger
 
-_WAIT_FOR_MAIN_S = 8.0
+_WAIT_FOR_MAIN_S = 6.0
 
 
 def install() -> None:
@@ -25,18 +26,24 @@ def _make_hook(show):
     def report_once(kind, error, trace):
         if issubclass(kind, KeyboardInterrupt):
             return show(kind, error, trace)
-        own = not issubclass(kind, PeerFailure)
-        report = "".join(traceback.format_exception_only(kind, error)).strip() if own else None
+        shown_here = True
         try:
-            channel().fail(report)
-            own = own and (topology().is_main or channel().wait_for_failure_of_main(_WAIT_FOR_MAIN_S) != report)
+            shown_here = not issubclass(kind, PeerFailure) and _is_ours_to_show(error)
         finally:  # a store that is gone already must not swallow the error
-            if own:
-                if not topology().is_main:
-                    print(f"[rank {topology().rank}]", file=sys.stderr)
+            if shown_here:
                 show(kind, error, trace)
             sys.stderr.flush()
             end_process_soon()
         return None
 
     return report_once
+
+
+def _is_ours_to_show(error: BaseException) -> bool:
+    """Tell the other ranks of `error`, and find out whether this rank is the one to print it."""
+    report = "".join(traceback.format_exception_only(error)).strip()
+    rank = topology().rank
+    first_rank, first_report = channel().fail(report)
+    if rank == 0:
+        return first_report == report
+    return first_rank == rank and channel().wait_for_failure_of_main(_WAIT_FOR_MAIN_S) != report

@@ -5,6 +5,7 @@ What a rank raises is never hidden; `log_on_each_rank` lets everything through.
 """
 
 import io
+import logging
 import os
 import sys
 import warnings
@@ -24,6 +25,9 @@ _QUIET_ENVIRONMENT = {
 }
 
 
+_LOGGERS = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")
+
+
 def quiet_other_ranks(plugin) -> None:
     """Mute this process unless it is rank 0. Call before transformers, datasets or Unsloth are imported."""
     global _muted
@@ -33,16 +37,18 @@ def quiet_other_ranks(plugin) -> None:
     for name, value in _QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     _mute_imported_libraries()
 
 
 def _mute_imported_libraries() -> None:
     """The same for libraries that the script imported before us, which have read their environment already."""
     if "transformers" in sys.modules:
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     if "datasets" in sys.modules:
         import datasets
 

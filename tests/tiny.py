@@ -8,9 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = (
-    "the a rank sends its gradient to all others and waits for none while one model learns from every token".split()
-)
+SENTENCE = "the a rank sends its gradient to all others and waits for none while one model learns from every token"
+WORDS = SENTENCE.split()
 
 
 def text(generator: random.Random, words: int) -> str:
@@ -27,7 +26,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer.train_from_iterator([SENTENCE], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -16,7 +16,7 @@ from .. import agreement, report, saving
 from ..data.loader import PlannedDataLoader, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
-from ..distributed import channel
+from ..distributed import channel, topology
 from ..engines.loaded import choice
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
@@ -60,14 +60,24 @@ class DistributedTrainerMixin:
         with muted_prints():
             super().__init__(*args, **kwargs)
         check_has_labels(self.train_dataset, "training")
+        self._check_launch()
+        self._resolve_policies()
+        agreement.check(self)
+        report.show(self, choice)
+
+    def _check_launch(self) -> None:
+        launched, known = topology().world_size, self.accelerator.num_processes
+        if launched != known:
+            raise ValueError(
+                f"The launcher started {launched} processes, but accelerate knows of {known}: something built its state "
+                "too early, without knowing of the CPU. Make no PartialState() or Accelerator() before the trainer's "
+                "arguments, or pass cpu=True to it."
+            )
         if self.accelerator.distributed_type not in _DATA_PARALLEL:
             raise ValueError(
                 f"This launch uses {self.accelerator.distributed_type.value}, and accelerate_unsloth trains with plain "
                 "data parallelism. Launch with unsloth_ddp.yaml, or use trl's own trainer."
             )
-        self._resolve_policies()
-        agreement.check(self)
-        report.show(self, choice)
 
     def _resolve_policies(self) -> None:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -48,6 +48,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         processing_class=tokenizer,
         plugin=UnslothPlugin(**options.get("plugin", {})),
     )
+    sabotage(options.get("sabotage"))
     before = trainer.evaluate() if evaluation is not None else {}
     trainer.train(resume_from_checkpoint=options.get("resume"))
     if options.get("save"):
@@ -68,6 +69,19 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     (out / f"result{rank}.json").write_text(json.dumps(report))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"weights{rank}.safetensors")
+
+
+def sabotage(how: str | None) -> None:
+    """Break the reduction in a known way, for tests that show that the comparison would notice."""
+    from accelerate_unsloth import reduction
+
+    if how == "no all-reduce":
+        reduction.dist = type("NoDist", (), {"all_reduce": lambda *_: None, "broadcast": lambda *_, **__: None})
+    elif how == "mean of rank means":
+        reduce = reduction.FlatReducer.reduce
+        reduction.FlatReducer.reduce = lambda self, loss, items, tokens: reduce(
+            self, loss, torch.ones_like(items), tokens
+        )
 
 
 def count_mapped_rows() -> list[int]:

@@ -1,0 +1,54 @@
+"""What a user gets for a mistake: one message, and the end of all processes, soon and with a non-zero status."""
+
+import pytest
+
+from .launching import WORKERS, launch
+
+pytestmark = pytest.mark.launch
+
+MESSAGES = {
+    "empty data set": "The training data set is empty",
+    "missing column": "has the columns 'question', 'answer', and none of the forms that SFT reads",
+    "all labels masked": "No sample of the training data set has a token to learn from",
+    "broken sample": "content",
+    "wrong model path": "/nowhere/model",
+    "4-bit on a CPU": "load_in_4bit=True needs Unsloth on a GPU",
+    "model over several devices": "device_map='auto' does not put the whole model on cpu",
+    "wrong path on one rank": "/nowhere/model",
+    "other settings on one rank": "argument learning_rate: 0.0001 on rank 0; 0.0002 on rank 1",
+    "error in a step of one rank": "the third step of rank 1 failed",
+    "folder not writable": "/proc/no",
+}
+
+
+def run(case, tiny_model, folder, environment=None):
+    environment = {"HF_HOME": str(folder / "cache")} | (environment or {})
+    return launch(WORKERS / "bad_input.py", [case, tiny_model, folder / "out"], environment=environment, timeout_s=60)
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_a_mistake_gives_one_message_and_ends_all(case, tiny_model, tmp_path):
+    finished = run(case, tiny_model, tmp_path)
+    assert finished.status != 0
+    assert MESSAGES[case] in finished.output
+    own = finished.output.split("torch/distributed/elastic")[0]  # before the launcher's own report
+    chained = own.count("direct cause of the following") + own.count("another exception occurred")
+    assert own.count("Traceback (most recent call last)") == 1 + chained
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_UNSLOTH_ENGINE", "unslot", "Did you mean 'unsloth'?"),
+        ("ACCELERATE_UNSLOTH_ENGINE", "unsloth", "no GPU is visible"),
+        ("ACCELERATE_UNSLOTH_GRADIENT_SYNCH", "auto", "Did you mean ACCELERATE_UNSLOTH_GRADIENT_SYNC?"),
+    ],
+)
+def test_an_unknown_environment_value_is_refused_once(variable, value, message, tiny_model, tmp_path):
+    finished = run("none", tiny_model, tmp_path, {variable: value})
+    assert finished.status != 0
+    assert finished.output.count(message) == 1
+
+
+def test_the_worker_is_right_without_a_mistake(tiny_model, tmp_path):
+    assert run("none", tiny_model, tmp_path).status == 0

@@ -1,0 +1,95 @@
+"""The promise: the same samples, losses and weights on any number of processes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .launching import WORKERS, launch, result
+
+pytestmark = pytest.mark.launch
+
+# name: (processes, gradient accumulation, further options); the effective batch is 4 in each
+RUNS = {
+    "one": (1, 4, {"evaluate": True}),
+    "two": (2, 2, {"evaluate": True}),
+    "four": (4, 1, {}),
+    "two, rank means asked for": (2, 2, {"args": {"average_tokens_across_devices": False}}),
+    "two, overlapped": (2, 2, {"plugin": {"gradient_sync": "overlapped"}}),
+    "two, no all-reduce": (2, 2, {"sabotage": "no all-reduce"}),
+    "two, mean of rank means": (2, 2, {"sabotage": "mean of rank means"}),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, uneven_data, tmp_path_factory):
+    """Run one of RUNS, once: its folder with results and weights of each rank."""
+    folders = {}
+
+    def start(name):
+        if name not in folders:
+            processes, accumulation, options = RUNS[name]
+            folder = tmp_path_factory.mktemp("run")
+            options = options | {"args": {"gradient_accumulation_steps": accumulation} | options.get("args", {})}
+            arguments = [tiny_model, uneven_data, folder, json.dumps(options)]
+            finished = launch(
+                WORKERS / "train.py", arguments, processes, environment={"HF_HOME": str(folder / "cache")}
+            )
+            assert finished.status == 0, finished.output[-4000:]
+            folders[name] = folder
+        return folders[name]
+
+    return start
+
+
+def difference(first, second, rank=0):
+    """Largest relative difference of a loss and of a weight tensor."""
+    losses = zip(result(first)["losses"], result(second)["losses"], strict=True)
+    loss = max(abs(a - b) / abs(a) for a, b in losses)
+    one, other = load_file(first / "weights0.safetensors"), load_file(second / f"weights{rank}.safetensors")
+    assert one.keys() == other.keys()
+    weight = max(torch.linalg.vector_norm(one[n] - other[n]) / torch.linalg.vector_norm(one[n]) for n in one)
+    return loss, float(weight)
+
+
+@pytest.mark.parametrize("other", ["two", "four", "two, rank means asked for", "two, overlapped"])
+def test_several_processes_give_the_losses_and_weights_of_one(run, other):
+    loss, weight = difference(run("one"), run(other))
+    assert loss < 1e-5
+    assert weight < 1e-5
+
+
+@pytest.mark.parametrize("broken", ["two, no all-reduce", "two, mean of rank means"])
+def test_the_comparison_notices_a_broken_reduction(run, broken):
+    loss, weight = difference(run("one"), run(broken))
+    assert max(loss, weight) > 1e-3
+
+
+def test_all_ranks_end_with_the_same_weights(run):
+    for rank in range(4):
+        _, weight = difference(run("four"), run("four"), rank)
+        assert weight == 0
+
+
+def test_a_last_incomplete_batch_repeats_and_loses_nothing(run):
+    one, four = result(run("one")), result(run("four"))
+    assert len(four["losses"]) == 6  # 22 samples in effective batches of 4
+    assert one["num_tokens"] == four["num_tokens"]
+
+
+def test_the_evaluation_loss_does_not_depend_on_the_processes(run):
+    one, two = result(run("one"))["eval_losses"], result(run("two"))["eval_losses"]
+    assert one == pytest.approx(two, rel=1e-6)
+
+
+def test_small_gradients_are_reduced_after_the_backward_without_ddp(run):
+    assert result(run("two"))["gradient_sync"] == "after_backward"
+    assert result(run("two"))["wrapper"] == "PeftModelForCausalLM"
+    assert result(run("two, overlapped"))["wrapper"] == "DistributedDataParallel"
+
+
+def test_the_data_set_is_tokenised_once_a_node(run):
+    first, second = result(run("two"), rank=0)["mapped_rows"], result(run("two"), rank=1)["mapped_rows"]
+    assert 22 in first
+    assert max(second) <= 8  # the rows that set up the trainer

@@ -1,0 +1,124 @@
+"""Dealing samples, as a function of numbers: no processes."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accelerate_unsloth.data.sampler import EffectiveBatchSampler, EvaluationSampler, deal, epoch_order
+
+LAUNCH = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))  # processes, accumulation, micro-batch
+
+
+@pytest.mark.parametrize(
+    ("samples", "world_size", "accumulation", "micro_batch", "expected"),
+    [
+        # micro-step -> rank -> samples; a full batch is cut in order
+        (8, 2, 2, 2, [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]),
+        (4, 1, 4, 1, [[[0]], [[1]], [[2]], [[3]]]),
+        (4, 4, 1, 1, [[[0], [1], [2], [3]]]),
+        # an incomplete one is levelled over the ranks, in as few micro-steps as hold it
+        (1, 2, 2, 2, [[[0], []], [[], []]]),
+        (3, 2, 2, 2, [[[0, 1], [2]], [[], []]]),
+        (5, 2, 2, 2, [[[0, 1], [2]], [[3], [4]]]),
+        (2, 4, 1, 2, [[[0], [1], [], []]]),
+    ],
+)
+def test_a_batch_is_dealt_level_and_in_order(samples, world_size, accumulation, micro_batch, expected):
+    assert deal(list(range(samples)), world_size, accumulation, micro_batch) == expected
+
+
+def samplers(num_samples, launch, **options):
+    world_size, accumulation, micro_batch = launch
+    return [
+        EffectiveBatchSampler(num_samples, world_size, rank, micro_batch, accumulation, seed=7, **options)
+        for rank in range(world_size)
+    ]
+
+
+def effective_batches(ranks):
+    """The set of real samples of each optimizer step, over all ranks."""
+    accumulation = ranks[0].accumulation
+    streams = [list(sampler) for sampler in ranks]
+    steps = len(streams[0]) // accumulation
+    return [
+        sorted(
+            index
+            for stream in streams
+            for micro_batch in stream[step * accumulation : (step + 1) * accumulation]
+            for index in micro_batch
+            if index >= 0
+        )
+        for step in range(steps)
+    ]
+
+
+@given(st.integers(1, 90), LAUNCH)
+@settings(max_examples=200, deadline=None)
+def test_every_sample_comes_exactly_once_an_epoch(num_samples, launch):
+    batches = effective_batches(samplers(num_samples, launch))
+    assert sorted(index for batch in batches for index in batch) == list(range(num_samples))
+
+
+@given(st.integers(1, 90), LAUNCH)
+@settings(max_examples=200, deadline=None)
+def test_the_effective_batches_do_not_depend_on_the_cut(num_samples, launch):
+    world_size, accumulation, micro_batch = launch
+    together = effective_batches(samplers(num_samples, (1, 1, world_size * accumulation * micro_batch)))
+    assert effective_batches(samplers(num_samples, launch)) == together
+
+
+@given(st.integers(1, 90), LAUNCH)
+@settings(max_examples=200, deadline=None)
+def test_every_rank_takes_every_micro_step_within_its_size(num_samples, launch):
+    for sampler in samplers(num_samples, launch):
+        stream = list(sampler)
+        assert len(stream) == len(sampler)
+        assert all(1 <= len(micro_batch) <= sampler.micro_batch for micro_batch in stream)
+
+
+@given(st.integers(1, 90), LAUNCH)
+@settings(max_examples=100, deadline=None)
+def test_drop_last_leaves_out_only_the_incomplete_batch(num_samples, launch):
+    kept = effective_batches(samplers(num_samples, launch, drop_last=True))
+    size = launch[0] * launch[1] * launch[2]
+    assert kept == [batch for batch in effective_batches(samplers(num_samples, launch)) if len(batch) == size]
+
+
+def test_epochs_differ_and_repeat_with_the_seed():
+    assert epoch_order(50, seed=1, epoch=0) == epoch_order(50, seed=1, epoch=0)
+    assert epoch_order(50, seed=1, epoch=0) != epoch_order(50, seed=1, epoch=1)
+    assert epoch_order(50, seed=1, epoch=0) != epoch_order(50, seed=2, epoch=0)
+
+
+def test_the_order_is_that_of_the_stock_trainer():
+    from accelerate.data_loader import SeedableRandomSampler
+
+    stock = SeedableRandomSampler(list(range(50)), data_seed=42)
+    stock.set_epoch(3)
+    assert epoch_order(50, seed=42, epoch=3) == list(stock)
+
+
+def test_group_by_length_puts_similar_lengths_together():
+    lengths = [(7 * i) % 100 for i in range(100)]
+
+    def mean_spread(order):
+        batches = [[lengths[i] for i in order[k : k + 10]] for k in range(0, 100, 10)]
+        return sum(max(batch) - min(batch) for batch in batches) / len(batches)
+
+    grouped = epoch_order(100, 1, 0, "group_by_length", lengths, effective_batch=10)
+    assert sorted(grouped) == list(range(100))
+    assert mean_spread(grouped) < 0.7 * mean_spread(epoch_order(100, 1, 0))
+
+
+def test_an_unknown_strategy_is_named():
+    with pytest.raises(ValueError, match="'by_colour' is not known"):
+        epoch_order(4, 0, 0, "by_colour")
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_evaluation_sees_each_sample_once_and_ranks_stay_in_step(num_samples, world_size, batch_size):
+    streams = [list(EvaluationSampler(num_samples, world_size, rank, batch_size)) for rank in range(world_size)]
+    assert len({len(stream) for stream in streams}) == 1
+    seen = [index for stream in streams for batch in stream for index in batch if index >= 0]
+    assert sorted(seen) == list(range(num_samples))
