@@ -94,13 +94,15 @@ class UnslothPlugin:
             by their exact class and rejects a subclass (accelerate 1.15, `Accelerator.__init__`).
         """
         from accelerate import DistributedDataParallelKwargs
+        from accelerate.utils import DDPCommunicationHookType
 
         preset = {
             "gradient_as_bucket_view": self.gradient_as_bucket_view,
             "static_graph": self.static_graph,
             "bucket_cap_mb": self.bucket_cap_mb,
             "broadcast_buffers": self.broadcast_buffers,
-            "comm_hook": self.comm_hook,
+            # The enum, not its text: accelerate passes over a text without a word (1.15, `register_comm_hook`).
+            "comm_hook": DDPCommunicationHookType(self.comm_hook),
         }
         if self.find_unused_parameters is not None:
             preset["find_unused_parameters"] = self.find_unused_parameters

@@ -5,6 +5,7 @@ The choice is made once, when the library is first used, because Unsloth has to 
 and peft. `engines.loaded` is the import that makes it.
 """
 
+import os
 from dataclasses import dataclass
 
 
@@ -49,3 +50,18 @@ def resolve(requested: str, visible_gpus: int, use_cpu: bool) -> EngineChoice:
     if visible_gpus == 0:
         return EngineChoice("reference", "no GPU is visible, and Unsloth's kernels need one")
     return EngineChoice("unsloth", f"{visible_gpus} GPU(s) visible")
+
+
+def check_model_name(model_name: str) -> None:
+    """
+    Say so if a path leads nowhere, before a loader takes it for a name on the hub.
+
+    Raises:
+        FileNotFoundError: if `model_name` can only be a path, and does not exist on this machine.
+    """
+    is_path = os.path.isabs(model_name) or model_name.startswith((".", "~")) or model_name.count("/") > 1
+    if is_path and not os.path.exists(model_name):
+        raise FileNotFoundError(
+            f"model_name={model_name!r} is a path that does not exist on this machine. Give an existing folder, or a "
+            "hub id such as 'unsloth/Llama-3.2-1B-Instruct'."
+        )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from .. import saving
 from ..distributed import topology
-from . import placement
+from . import check_model_name, placement
 
 _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -80,6 +80,7 @@ class FastLanguageModel:
 
         Raises:
             ValueError: for quantized loading, or a `device_map` that splits the model over several processes.
+            FileNotFoundError: for a path that does not exist.
         """
         if load_in_4bit or load_in_8bit:
             bits = "load_in_4bit" if load_in_4bit else "load_in_8bit"
@@ -87,6 +88,7 @@ class FastLanguageModel:
                 f"{bits}=True needs Unsloth on a GPU, and this process uses the reference engine "
                 f"(transformers and PEFT). Set {bits}=False here, or run on a machine with a GPU."
             )
+        check_model_name(model_name)
         placement.check_device_map(device_map, topology().world_size, _own_device())
         set_seed(random_state)
         source = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}

@@ -8,7 +8,7 @@ import torch
 from .. import saving
 from ..distributed import topology
 from ..quiet import muted_prints
-from . import placement
+from . import check_model_name, placement
 
 
 def _import_unsloth():
@@ -40,6 +40,7 @@ def _for_several_processes(base):
         @staticmethod
         @functools.wraps(base.from_pretrained)
         def from_pretrained(*args, **kwargs):
+            check_model_name(kwargs["model_name"] if "model_name" in kwargs else args[0])
             placement.check_device_map(kwargs.get("device_map"), topology().world_size, _own_device())
             with muted_prints():
                 model, tokenizer = base.from_pretrained(*args, **kwargs)

@@ -1,0 +1,72 @@
+"""The direction of the arrows, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .launching import ROOT, clean_environment
+
+PACKAGE = ROOT / "accelerate_unsloth"
+
+# Each room may import from the rooms above it.
+ROOMS = ["_version", "ledger", "configs", "plugin", "distributed", "failures", "quiet", "launch_hint", "saving"]
+ROOMS += ["reduction", "engines", "policies", "data", "agreement", "report", "trainers", "cli"]
+
+
+def imports_of(file: Path) -> set[str]:
+    """Rooms of the package that a file imports, at its top or inside functions."""
+    rooms, package = set(), file.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*package[: len(package) + 1 - node.level], *(node.module or "").split("."))
+            path = [part for part in base if part]
+            rooms |= {path[0]} if path else {alias.name for alias in node.names}
+    return rooms
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_arrows_point_one_way(file):
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    allowed = {*ROOMS[: ROOMS.index(room) + 1], "__version__"}
+    assert imports_of(file) <= allowed
+
+
+def test_every_room_has_its_place():
+    rooms = {
+        p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert rooms - {"__init__"} == set(ROOMS)
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment(), cwd=ROOT
+    ).stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "unsloth", "rich", "typer"]
+    loaded = run(f"import sys, accelerate_unsloth; print([m for m in {heavy} if m in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_the_command_line_imports_nothing_heavy():
+    heavy = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "unsloth"]
+    loaded = run(f"import sys, accelerate_unsloth.cli; print([m for m in {heavy} if m in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_every_public_name_resolves():
+    run("import accelerate_unsloth as a; [getattr(a, name) for name in a.__all__]")
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import accelerate_unsloth
+
+    with pytest.raises(AttributeError, match="has no attribute 'FastVisionary'"):
+        _ = accelerate_unsloth.FastVisionary

@@ -1,0 +1,144 @@
+"""The choice of the engine and of the GPU, as functions of numbers; the reference engine on a tiny model."""
+
+import copy
+
+import pytest
+import torch
+
+from accelerate_unsloth import distributed
+from accelerate_unsloth.engines import check_model_name, resolve
+from accelerate_unsloth.engines.placement import check_device_map, check_placement
+
+
+@pytest.mark.parametrize(
+    ("requested", "visible_gpus", "use_cpu", "engine"),
+    [
+        ("auto", 0, False, "reference"),
+        ("auto", 2, True, "reference"),
+        ("auto", 2, False, "unsloth"),
+        ("reference", 2, False, "reference"),
+        ("unsloth", 2, False, "unsloth"),
+    ],
+)
+def test_the_engine_follows_the_machine_unless_asked_for(requested, visible_gpus, use_cpu, engine):
+    choice = resolve(requested, visible_gpus, use_cpu)
+    assert choice.name == engine
+    assert choice.reason
+
+
+@pytest.mark.parametrize(("visible_gpus", "use_cpu"), [(0, False), (2, True)])
+def test_unsloth_without_a_gpu_is_refused(visible_gpus, use_cpu):
+    with pytest.raises(ValueError, match="Unsloth's kernels need one"):
+        resolve("unsloth", visible_gpus, use_cpu)
+
+
+@pytest.mark.parametrize("device_map", [None, "sequential", {"": "cuda:1"}, {"": 1}, "cuda:1", "cuda"])
+def test_a_device_map_onto_the_own_gpu_passes(device_map):
+    check_device_map(device_map, world_size=2, own_device="cuda:1")
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "unsloth", {"": "cuda:0"}, {"a": 0, "b": 1}, "cpu"])
+def test_a_device_map_elsewhere_is_refused_among_several_processes_only(device_map):
+    with pytest.raises(ValueError, match="this launch has 2 processes"):
+        check_device_map(device_map, world_size=2, own_device="cuda:1")
+    check_device_map(device_map, world_size=1, own_device="cuda:0")
+
+
+def test_a_model_on_another_ranks_gpu_is_noticed():
+    check_placement([torch.device("cuda:1"), torch.device("cpu")], "cuda:1")
+    with pytest.raises(RuntimeError, match="onto cuda:0, but this process owns cuda:1"):
+        check_placement([torch.device("cuda:1"), torch.device("cuda:0")], "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("place", "visible", "elastic", "device"),
+    [
+        (distributed.Topology(1, 2, 1, 2), 2, True, 1),
+        (distributed.Topology(5, 8, 1, 4, 1), 4, True, 1),
+        (distributed.Topology(1, 2, 1, 2), 1, False, 0),  # a scheduler that shows each task one GPU
+        (distributed.Topology(0, 1, 0, 1), 4, True, None),
+        (distributed.Topology(1, 2, 1, 2), 0, True, None),
+    ],
+)
+def test_each_rank_takes_its_own_gpu(place, visible, elastic, device, monkeypatch):
+    taken = []
+    monkeypatch.setattr(distributed, "topology", lambda: place)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    if elastic:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    distributed.bind_device()
+    assert taken == ([] if device is None else [device])
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "topology", lambda: distributed.Topology(0, 4, 0, 4))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"4 processes were started on .*, but 2 GPU"):
+        distributed.bind_device()
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere", "runs/2026/model"])
+def test_a_path_that_leads_nowhere_is_said_to(name):
+    with pytest.raises(FileNotFoundError, match="does not exist on this machine"):
+        check_model_name(name)
+
+
+def test_a_hub_id_and_an_existing_folder_pass(tmp_path):
+    check_model_name("unsloth/Llama-3.2-1B-Instruct")
+    check_model_name(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_model):
+    from accelerate_unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_model), max_seq_length=64)
+    return FastLanguageModel.get_peft_model(model, r=4), tokenizer
+
+
+def test_only_adapters_are_trainable(adapted):
+    assert all("lora_" in name for name, p in adapted[0].named_parameters() if p.requires_grad)
+
+
+def test_full_finetuning_trains_every_weight(tiny_model):
+    from accelerate_unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(str(tiny_model), full_finetuning=True)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_merged_model_computes_what_the_adapted_one_does(adapted, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = adapted
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained_merged(str(tmp_path), tokenizer)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_of_a_guarded_model_saves_itself(adapted, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    from accelerate_unsloth import saving
+
+    monkeypatch.setattr(saving, "topology", lambda: distributed.Topology(0, 2, 0, 2))
+    model, _ = adapted
+    saving.guard(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    monkeypatch.setattr(saving, "_writing", True)  # as if inside a save: no other rank to wait for
+    copied.save_pretrained(tmp_path)
+    assert all((w == 0).all() for w in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+def test_a_save_method_of_unsloth_only_is_refused(adapted, tmp_path):
+    with pytest.raises(ValueError, match="save_method='merged_4bit' needs Unsloth"):
+        adapted[0].save_pretrained_merged(str(tmp_path), save_method="merged_4bit")
