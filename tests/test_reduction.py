@@ -85,7 +85,21 @@ def broadcast(rank):
     return [p.tolist() for p in own]
 
 
+def overflow_on_one_rank(rank):
+    """A GradScaler step in which rank 1 alone overflows: its weight after the step, and the next scale."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    reducer = FlatReducer([weight])
+    scaler.scale((weight * (float("inf") if rank == 1 else 1.0)).sum()).backward()
+    reducer.reduce(torch.tensor(1.0), torch.tensor(1), torch.tensor(1))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    return weight.item(), scaler.get_scale()
+
+
 CASES = {
+    "overflow on one rank": overflow_on_one_rank,
     "float32": reduce_once,
     "float64": lambda rank: reduce_once(rank, torch.float64),
     "bfloat16": lambda rank: reduce_once(rank, torch.bfloat16),
@@ -120,6 +134,10 @@ def test_a_step_without_items_has_zero_loss_and_gradient(tmp_path):
 
 def test_a_gradient_of_the_last_step_does_not_return(tmp_path):
     assert on_two_ranks("repeated steps", tmp_path) == [[[1.0, 1.0], None]] * 2
+
+
+def test_an_overflow_on_one_rank_is_skipped_on_all(tmp_path):
+    assert on_two_ranks("overflow on one rank", tmp_path) == [(1.0, 4.0)] * 2
 
 
 def test_broadcast_gives_every_rank_the_weights_of_rank_0(tmp_path):

@@ -12,13 +12,16 @@ from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, Unsloth
 
 # isort: split
 import datasets
+import peft
 import torch
+import transformers
 from accelerate import PartialState
 from safetensors.torch import save_file
 
 
 def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     out = Path(out)
+    saves = count_saves()
     model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128, **options.get("load", {}))
     if not options.get("load", {}).get("full_finetuning"):
         model = FastLanguageModel.get_peft_model(
@@ -62,6 +65,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "num_tokens": [entry["num_tokens"] for entry in history],
         "gradient_sync": trainer.gradient_sync.mode,
         "mapped_rows": maps,
+        "saves": saves,
         "eval_losses": [before.get("eval_loss")]
         + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
         "wrapper": type(trainer.model_wrapped).__name__,
@@ -69,6 +73,19 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     (out / f"result{rank}.json").write_text(json.dumps(report))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"weights{rank}.safetensors")
+
+
+def count_saves() -> list[str]:
+    """Folders that models of this process are written to."""
+    written = []
+    for kind in (peft.PeftModel, transformers.PreTrainedModel):
+
+        def counting(self, folder, *args, _save=kind.save_pretrained, **kwargs):
+            written.append(Path(folder).name)
+            return _save(self, folder, *args, **kwargs)
+
+        kind.save_pretrained = counting
+    return written
 
 
 def sabotage(how: str | None) -> None:

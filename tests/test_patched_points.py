@@ -1,0 +1,97 @@
+"""
+Every function and class of other libraries that is overridden, patched or called privately, with the parameters that
+this code relies on. When an upgrade removes one or changes it, the test that fails carries its name.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .launching import ROOT, WORKERS, clean_environment
+
+# point: parameters that must exist, in this order among the others
+POINTS = {
+    # overridden by the mixin
+    "transformers:Trainer._build_accelerator_args": ["self", "kwargs"],
+    "transformers:Trainer._get_dataloader": [
+        "self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key",
+    ],
+    "transformers:Trainer._prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "transformers:Trainer.get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "transformers:Trainer.training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "transformers:Trainer.compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "transformers:Trainer.evaluation_loop": ["self", "dataloader", "metric_key_prefix"],
+    "transformers:Trainer.prediction_step": ["self", "model", "inputs", "prediction_loss_only"],
+    "transformers:Trainer.save_model": ["self", "output_dir", "_internal_call"],
+    "transformers:Trainer.push_to_hub": ["self"],
+    "transformers:Trainer.log": ["self", "logs", "start_time"],
+    "trl:SFTTrainer._prepare_dataset": ["self", "dataset", "processing_class", "args", "packing"],
+    "trl:SFTTrainer.compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    # called or replaced
+    "transformers:Trainer._remove_unused_columns": ["self", "dataset", "description"],
+    "transformers:Trainer._get_collator_with_removed_columns": ["self", "data_collator", "description"],
+    "transformers.trainer_pt_utils:get_length_grouped_indices": ["lengths", "batch_size", "generator"],
+    "accelerate:Accelerator.prepare_model": ["self", "model", "device_placement", "evaluation_mode"],
+    "accelerate:PartialState.main_process_first": ["self"],
+    "accelerate:PartialState.local_main_process_first": ["self"],
+    "accelerate.utils:DDPCommunicationHookType": [],
+    "torch.distributed:rendezvous": ["url"],
+    "datasets:Dataset.save_to_disk": ["self", "dataset_path"],
+}  # fmt: skip
+
+UNSLOTH_POINTS = {
+    "unsloth:FastLanguageModel.from_pretrained": ["model_name", "device_map"],
+    "unsloth:FastLanguageModel.get_peft_model": ["model"],
+    "unsloth:FastModel.from_pretrained": ["model_name", "device_map"],
+    "unsloth:FastModel.get_peft_model": ["model"],
+    "unsloth.models.loader_utils:prepare_device_map": [],
+    "unsloth.models.rl:PatchFastRL": [],
+    "unsloth.models._utils:patch_gradient_accumulation_fix": ["Trainer"],
+    "unsloth_zoo.loss_utils:_unsloth_get_batch_samples": ["self", "epoch_iterator", "num_batches"],
+    "unsloth_zoo.dataset_utils:sft_prepare_dataset": ["self", "dataset", "processing_class", "args"],
+}
+
+
+def signatures(points):
+    command = [sys.executable, str(WORKERS / "signatures.py"), *points]
+    finished = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found():
+    return signatures(POINTS)
+
+
+@pytest.fixture(scope="module")
+def found_in_unsloth():
+    return signatures(UNSLOTH_POINTS)
+
+
+def check(point, needed, parameters):
+    assert parameters is not None, f"{point} does not exist any more"
+    positions = [parameters.index(name) for name in needed if name in parameters]
+    assert len(positions) == len(needed), f"{point} takes {parameters}, and this code relies on {needed}"
+    assert positions == sorted(positions), f"{point} takes its parameters in another order: {parameters}"
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_point(point, found):
+    check(point, POINTS[point], found[point])
+
+
+@pytest.mark.unsloth
+@pytest.mark.parametrize("point", UNSLOTH_POINTS)
+def test_point_of_unsloth(point, found_in_unsloth):
+    check(point, UNSLOTH_POINTS[point], found_in_unsloth[point])
+
+
+def test_a_missing_or_changed_point_is_named():
+    seen = signatures(["transformers:Trainer._no_such_method", "transformers:Trainer.log"])
+    with pytest.raises(AssertionError, match="_no_such_method does not exist"):
+        check("Trainer._no_such_method", [], seen["transformers:Trainer._no_such_method"])
+    with pytest.raises(AssertionError, match="relies on"):
+        check("Trainer.log", ["self", "colour"], seen["transformers:Trainer.log"])

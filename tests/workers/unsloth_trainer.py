@@ -1,0 +1,77 @@
+"""
+The mixin over the trainer that Unsloth generates, on the CPU with the reference engine's model.
+
+`UNSLOTH_ALLOW_CPU=1` imports Unsloth but leaves TRL as it is, so the patches that a GPU machine gets at import and at
+the first `from_pretrained` are applied here by hand. What is missing of a real run are the kernels.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+import unsloth  # noqa: F401
+
+del os.environ["UNSLOTH_ALLOW_CPU"]
+# isort: split
+import datasets
+import transformers
+import trl
+from unsloth.models import rl
+from unsloth.models._utils import patch_gradient_accumulation_fix
+from unsloth.trainer import _patch_trl_trainer
+
+rl.PatchFastRL()
+_patch_trl_trainer()
+patch_gradient_accumulation_fix(transformers.Trainer)
+
+from accelerate_unsloth import DistributedTrainerMixin, FastLanguageModel  # noqa: E402
+
+
+class Trainer(DistributedTrainerMixin, trl.SFTTrainer):
+    pass
+
+
+def main(model_folder: str, data_file: str, out: str, accumulation: str) -> None:
+    from tests.workers.train import count_mapped_rows
+
+    out = Path(out)
+    model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128)
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+    rows = datasets.Dataset.from_json(data_file, cache_dir=str(out / "json_cache"))
+    mapped = count_mapped_rows()
+    trainer = Trainer(
+        model,
+        trl.SFTConfig(
+            str(out / "run"),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=int(accumulation),
+            num_train_epochs=1,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            seed=3,
+            optim="adamw_torch",
+            padding_free=False,
+            dataset_num_proc=1,
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    report = {
+        "losses": [entry["loss"] for entry in history],
+        "num_tokens": [entry["num_tokens"] for entry in history],
+        "trainer": type(trainer).__mro__[2].__name__,
+        "get_batch_samples": transformers.Trainer.get_batch_samples.__name__,
+        "mapped_rows": mapped,
+    }
+    (out / f"result{trainer.accelerator.process_index}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5])
