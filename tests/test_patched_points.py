@@ -37,6 +37,7 @@ POINTS = {
     "accelerate:PartialState.main_process_first": ["self"],
     "accelerate:PartialState.local_main_process_first": ["self"],
     "accelerate.utils:DDPCommunicationHookType": [],
+    "transformers:TrainingArguments._setup_devices": [],
     "torch.distributed:rendezvous": ["url"],
     "datasets:Dataset.save_to_disk": ["self", "dataset_path"],
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from ..engines.loaded import choice
 
 # isort: split
+import torch
 import transformers
 import trl
 from trl import SFTConfig
@@ -25,6 +26,7 @@ class _PlainLossSFTTrainer(trl.SFTTrainer):
                     "loss_type='dft' needs TRL's fused LM head on a GPU; the reference engine knows 'nll'."
                 )
             _take_settings_of_model(args, model)
+            _name_cpu_plainly(args)
         super().__init__(model, args, *rest, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -42,6 +44,15 @@ def _take_settings_of_model(args, model) -> None:
     args.gradient_checkpointing = getattr(model, "_accelerate_unsloth_checkpointing", args.gradient_checkpointing)
     if args.n_gpu > 1:  # one process, several GPUs: use one, as Unsloth does, instead of nn.DataParallel
         args._n_gpu = 1
+
+
+def _name_cpu_plainly(args) -> None:
+    """
+    Among several CPU processes accelerate calls the device `cpu:0` (1.15.0, `PartialState.set_device`), to which
+    `torch.load` cannot map an optimizer's state when a run resumes. Delete this when either of them changes.
+    """
+    if args.device.type == "cpu":
+        vars(args)["_setup_devices"] = torch.device("cpu")
 
 
 class SFTTrainer(DistributedTrainerMixin, _PlainLossSFTTrainer if choice.name == "reference" else trl.SFTTrainer):
