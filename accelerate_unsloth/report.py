@@ -48,4 +48,6 @@ def show(trainer, engine) -> None:
     table = Table(title="accelerate_unsloth", title_justify="left", show_header=False, pad_edge=False)
     for subject, decision, reason in rows(trainer, engine):
         table.add_row(subject, decision, reason)
-    Console(soft_wrap=False).print(table)
+    console = Console()
+    # Without a terminal rich takes 80 columns, which is too narrow for reasons.
+    (console if console.is_terminal else Console(width=120)).print(table)

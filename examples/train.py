@@ -28,15 +28,12 @@ class ScriptArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model."})
     dataset_name: str = field(
-        metadata={
-            "help": "Hub id, folder, or JSONL/JSON/Parquet file, in text, prompt/completion or messages form."
-        }
+        metadata={"help": "Hub id, folder, or JSONL/JSON/Parquet file, in text, prompt/completion or messages form."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     eval_samples: int = field(default=0, metadata={"help": "Without a test split: samples to hold back for it."})
-    max_seq_length: int = field(default=2048, metadata={"help": "Longest sample in tokens; longer ones are cut."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the frozen weights to 4 bits (GPU only)."})
     full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of LoRA adapters."})
     use_gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations to save memory."})
@@ -64,10 +61,10 @@ def load_data(script: ScriptArguments):
     return train, None
 
 
-def load_model(script: ScriptArguments):
+def load_model(script: ScriptArguments, max_seq_length: int):
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=script.model_name_or_path,
-        max_seq_length=script.max_seq_length,
+        max_seq_length=max_seq_length,
         load_in_4bit=script.load_in_4bit,
         full_finetuning=script.full_finetuning,
     )
@@ -97,7 +94,7 @@ def answer(model, tokenizer, prompt: str) -> str:
 
 def main(script: ScriptArguments, training: SFTConfig) -> None:
     train_dataset, eval_dataset = load_data(script)
-    model, tokenizer = load_model(script)
+    model, tokenizer = load_model(script, training.max_length)
     trainer = SFTTrainer(
         model=model,
         args=training,

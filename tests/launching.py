@@ -22,11 +22,18 @@ class Finished:
     seconds: float
 
 
-def launch(script: Path, arguments=(), processes: int = 2, environment=None, timeout_s: int = 120) -> Finished:
+def launch(
+    script: Path,
+    arguments=(),
+    processes: int = 2,
+    environment=None,
+    timeout_s: int = 120,
+    config: str = "unsloth_ddp_cpu",
+) -> Finished:
     """Run `script` in `processes` processes; fail the test if they have not ended after `timeout_s` seconds."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(configs.path("unsloth_ddp_cpu"))]
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(configs.path(config))]
         # Port 0 lets the launcher find a free one, so that tests can run side by side.
         command += ["--num_processes", str(processes), "--main_process_port", "0"]
     command += [str(script), *map(str, arguments)]

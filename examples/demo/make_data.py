@@ -38,7 +38,9 @@ def main(out: Path) -> None:
     with out.open("w") as lines:
         for source, docstring in pairs[:SAMPLES]:
             prompt = [{"role": "user", "content": REQUEST.format(source=source)}]
-            lines.write(json.dumps({"prompt": prompt, "completion": [{"role": "assistant", "content": docstring}]}) + "\n")
+            lines.write(
+                json.dumps({"prompt": prompt, "completion": [{"role": "assistant", "content": docstring}]}) + "\n"
+            )
     print(f"{min(len(pairs), SAMPLES)} of {len(pairs)} documented functions of {library}")
 
 

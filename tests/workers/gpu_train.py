@@ -1,0 +1,71 @@
+"""
+Fine-tune with Unsloth on this launch's GPUs and write down losses, memory and placement.
+
+    gpu_train.py MODEL DATA OUT '{"load": ..., "lora": ..., "args": ..., "lifecycle": true}'
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer
+
+# isort: split
+import datasets
+import pynvml
+import torch
+
+
+def own_memory_by_gpu() -> dict[int, int]:
+    """Bytes that this very process holds on each GPU of the machine, from NVML."""
+    pynvml.nvmlInit()
+    held = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index)):
+            if process.pid == os.getpid():
+                held[index] = process.usedGpuMemory or 0
+    return held
+
+
+def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
+    out, rank = Path(out), int(os.environ.get("RANK", 0))
+    loading = {"load_in_4bit": False} | options.get("load", {})
+    model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=512, **loading)
+    if not loading.get("full_finetuning"):
+        model = FastLanguageModel.get_peft_model(model, **{"r": 8, "random_state": 0} | options.get("lora", {}))
+    rows = datasets.Dataset.from_json(data_file, cache_dir=str(out / "json_cache"))
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 20,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(str(out / "run"), **arguments | options.get("args", {})),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(15)),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    report = {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "gradient_sync": trainer.gradient_sync.mode,
+        "devices": sorted({str(p.device) for p in model.parameters()}),
+        "memory": own_memory_by_gpu(),
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    if options.get("lifecycle"):
+        report["eval_loss"] = trainer.evaluate()["eval_loss"]
+        trainer.save_model(str(out / "adapter"))
+        model.save_pretrained_merged(str(out / "merged"), tokenizer, save_method="merged_16bit")
+    (out / f"result{rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], json.loads(sys.argv[4]))
