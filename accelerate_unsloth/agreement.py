@@ -14,14 +14,16 @@ from .distributed import channel, topology
 
 _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth")
 
-# Arguments that differ between ranks by right, or that only the writing rank uses.
+# The text of other objects may hold an address in memory.
+_PLAIN = (str, int, float, bool, list, dict, type(None))
+
+# Arguments that differ between ranks by right.
 _LOCAL_ARGUMENTS = {
     "disable_tqdm",
     "local_rank",
     "log_level",
     "log_level_replica",
     "logging_dir",
-    "output_dir",
     "run_name",
 }
 
@@ -33,8 +35,11 @@ def describe(trainer) -> dict[str, Any]:
     Secrets stay out: transformers masks its tokens in `to_dict`, and nothing is read from the environment.
     """
     described = {f"version of {name}": version(name) for name in _LIBRARIES}
-    arguments = {name: value for name, value in trainer.args.to_dict().items() if name not in _LOCAL_ARGUMENTS}
-    described |= {f"argument {name}": repr(value) for name, value in arguments.items()}
+    described |= {
+        f"argument {name}": repr(value)
+        for name, value in trainer.args.to_dict().items()
+        if name not in _LOCAL_ARGUMENTS and isinstance(value, _PLAIN)
+    }
     described |= {f"plugin option {name}": value for name, value in asdict(trainer.plugin).items()}
     described["model configuration"] = _digest(trainer.model.config.to_dict())
     trainable = [(n, tuple(p.shape), str(p.dtype)) for n, p in trainer.model.named_parameters() if p.requires_grad]
@@ -42,7 +47,8 @@ def describe(trainer) -> dict[str, Any]:
     described["names, shapes and types of trainable tensors"] = _digest(trainable)
     if hasattr(trainer.train_dataset, "__len__"):
         described["samples of the training data set"] = len(trainer.train_dataset)
-        described["first and last sample"] = _digest([trainer.train_dataset[0], trainer.train_dataset[-1]])
+        ends = [trainer.train_dataset[0], trainer.train_dataset[-1]]
+        described["tokens of the first and last sample"] = _digest([row.get("input_ids") for row in ends])
     return described
 
 

@@ -6,12 +6,14 @@ touch no GPU, and a wait ends as soon as another rank reports a failure. They ar
 training step never uses them.
 """
 
+import atexit
 import json
 import os
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -100,11 +102,16 @@ class Channel:
     def _post(self, key: str, message: Any) -> None:
         self._store.set(key, json.dumps(message))
 
-    def _receive(self, key: str) -> Any:
+    def _receive(self, key: str, sender: int) -> Any:
         while not self._store.check([key]):
             failed_rank = self.failed_rank()
             if failed_rank is not None:
                 raise PeerFailure(f"rank {failed_rank} failed while rank {self.topology.rank} waited for {key!r}")
+            if self._store.check([f"ended/{sender}"]) and not self._store.check([key]):
+                raise RuntimeError(
+                    f"Rank {sender} ended, and rank {self.topology.rank} still waits for it in {key.split('/')[0]!r}. "
+                    "Every rank has to make this call: look for one that only some ranks reach."
+                )
             try:
                 self._store.wait([key], timedelta(seconds=_POLL_S))
             except RuntimeError:  # the poll interval is over: look for failures again
@@ -120,7 +127,7 @@ class Channel:
         """
         key = self._next_key(name)
         self._post(f"{key}/{self.topology.rank}", value)
-        return [self._receive(f"{key}/{rank}") for rank in range(self.topology.world_size)]
+        return [self._receive(f"{key}/{rank}", rank) for rank in range(self.topology.world_size)]
 
     def run_on_main(self, name: str, function: Callable[[], Any]) -> Any:
         """
@@ -132,7 +139,7 @@ class Channel:
         key = self._next_key(name)
         if self.topology.is_main:
             return self._run_and_report(key, function, lambda result: None)
-        return self._receive_outcome(key)
+        return self._receive_outcome(key, sender=0)
 
     def run_on_local_main(self, name: str, function: Callable[[], Any]) -> Any:
         """
@@ -144,7 +151,7 @@ class Channel:
         key = f"{self._next_key(name)}/node{self.topology.node}"
         if self.topology.is_local_main:
             return self._run_and_report(key, function, lambda result: result)
-        return self._receive_outcome(key)
+        return self._receive_outcome(key, sender=self.topology.rank - self.topology.local_rank)
 
     def _run_and_report(self, key: str, function: Callable[[], Any], message: Callable[[Any], Any]) -> Any:
         try:
@@ -155,8 +162,8 @@ class Channel:
         self._post(key, {"result": message(result)})
         return result
 
-    def _receive_outcome(self, key: str) -> Any:
-        outcome = self._receive(key)
+    def _receive_outcome(self, key: str, sender: int) -> Any:
+        outcome = self._receive(key, sender)
         if "error" in outcome:
             raise PeerFailure(f"another rank failed in {key!r}: {outcome['error']}")
         return outcome["result"]
@@ -175,6 +182,11 @@ class Channel:
         self._post(f"failed/{rank}", report)
         first = int(self._store.compare_set("failed", "", str(rank)))
         return first, json.loads(self._store.get(f"failed/{first}"))
+
+    def end(self) -> None:
+        """Tell the others that this rank sends nothing more."""
+        with suppress(RuntimeError):  # the launcher, and its store with it, may be gone already
+            self._store.set(f"ended/{self.topology.rank}", "")
 
     def failed_rank(self) -> int | None:
         """The first rank that reported a failure, if any."""
@@ -205,7 +217,9 @@ def channel() -> Channel:
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_STORE_TIMEOUT_S)))
     # Elastic restarts reuse the agent's store; without the attempt in the prefix a rank would read the last attempt's.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Channel(place, dist.PrefixStore(f"accelerate_unsloth/{attempt}", store))
+    connected = Channel(place, dist.PrefixStore(f"accelerate_unsloth/{attempt}", store))
+    atexit.register(connected.end)
+    return connected
 
 
 def bind_device() -> None:

@@ -37,13 +37,19 @@ def quiet_other_ranks(plugin) -> None:
     for name, value in _QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
+    mute_libraries()
+
+
+def mute_libraries() -> None:
+    """
+    Lower the voice of libraries that are imported already and have read their environment, on the ranks that are muted.
+
+    The Trainer raises the level of transformers again when it is built, so this is called once more after that.
+    """
+    if not _muted:
+        return
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    _mute_imported_libraries()
-
-
-def _mute_imported_libraries() -> None:
-    """The same for libraries that the script imported before us, which have read their environment already."""
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 

@@ -72,7 +72,7 @@ def guard(thing) -> None:
 def _once(name, function):
     @functools.wraps(function)
     def guarded(self, target, *args, **kwargs):
-        return write_once(f"{name}/{target}", lambda: function(self, target, *args, **kwargs))
+        return write_once(name, lambda: function(self, target, *args, **kwargs))
 
     guarded._writes_once = True
     return guarded

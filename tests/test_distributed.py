@@ -74,6 +74,15 @@ def test_a_wait_ends_when_any_rank_reports_a_failure():
     assert failing == (1, "broken")
 
 
+def test_a_wait_for_a_rank_that_has_ended_says_who_waits_for_what():
+    def body(channel):
+        return channel.end() if channel.topology.rank == 0 else channel.run_on_main("model", lambda: None)
+
+    _, waiting = on_ranks(2, body)
+    assert isinstance(waiting, RuntimeError)
+    assert "Rank 0 ended, and rank 1 still waits for it in 'model'" in str(waiting)
+
+
 def test_the_first_failure_is_the_one_that_counts():
     store = HashStore()
     first, second = (Channel(Topology(rank, 2), store) for rank in (0, 1))

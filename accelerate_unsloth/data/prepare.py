@@ -8,7 +8,7 @@ preparation on a few rows, because it also sets up the trainer (its collator, it
 
 import os
 import shutil
-import tempfile
+import socket
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -69,7 +69,7 @@ def _write(prepared: datasets.Dataset) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    beside = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}")
     prepared.save_to_disk(str(beside))
     try:
         os.rename(beside, folder)

@@ -1,7 +1,6 @@
 """Unsloth's loaders, one per rank: imported first, quiet on all ranks but one, and held to this rank's GPU."""
 
 import functools
-import sys
 
 import torch
 
@@ -40,7 +39,8 @@ def _for_several_processes(base):
         @staticmethod
         @functools.wraps(base.from_pretrained)
         def from_pretrained(*args, **kwargs):
-            check_model_name(kwargs["model_name"] if "model_name" in kwargs else args[0])
+            for name in (*args[:1], *(value for key, value in kwargs.items() if key == "model_name")):
+                check_model_name(name)
             placement.check_device_map(kwargs.get("device_map"), topology().world_size, _own_device())
             with muted_prints():
                 model, tokenizer = base.from_pretrained(*args, **kwargs)
@@ -62,7 +62,6 @@ def _for_several_processes(base):
     return Loader
 
 
-imported_late = sorted({"trl", "transformers", "peft"} & set(sys.modules))
 unsloth = _import_unsloth()
 FastLanguageModel = _for_several_processes(unsloth.FastLanguageModel)
 FastModel = _for_several_processes(unsloth.FastModel)

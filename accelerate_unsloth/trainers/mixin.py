@@ -20,7 +20,7 @@ from ..distributed import channel, topology
 from ..engines.loaded import choice
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
-from ..quiet import muted_prints
+from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -59,6 +59,8 @@ class DistributedTrainerMixin:
         self._eval_sums = None
         with muted_prints():
             super().__init__(*args, **kwargs)
+        if self.args.log_level_replica == "warning":  # the default, under which Unsloth's banners come from every rank
+            mute_libraries()
         check_has_labels(self.train_dataset, "training")
         self._check_launch()
         self._resolve_policies()
@@ -118,8 +120,9 @@ class DistributedTrainerMixin:
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        """Deal the samples ourselves where we can; predictions for metrics keep accelerate's loader."""
-        if not self.plans_samples(dataset) or (not is_training and self.compute_metrics is not None):
+        """Deal the samples ourselves where we can; predictions, and those for metrics, keep accelerate's loader."""
+        loss_only = description == "Evaluation" and self.compute_metrics is None
+        if not self.plans_samples(dataset) or not (is_training or loss_only):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         if is_training:
             sampler = self._train_sampler(dataset, batch_size)
@@ -266,7 +269,7 @@ class DistributedTrainerMixin:
     def save_model(self, output_dir=None, _internal_call=False):
         """Write the model on rank 0, while the others wait."""
         save = functools.partial(super().save_model, output_dir, _internal_call=_internal_call)
-        saving.write_once(f"model/{output_dir or self.args.output_dir}", save)
+        saving.write_once("model", save)
 
     def push_to_hub(self, *args, **kwargs):
         """Push from rank 0, while the others wait."""
