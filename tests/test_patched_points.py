@@ -27,6 +27,11 @@ POINTS = {
     "transformers:Trainer.save_model": ["self", "output_dir", "_internal_call"],
     "transformers:Trainer.push_to_hub": ["self"],
     "transformers:Trainer.log": ["self", "logs", "start_time"],
+    "transformers:Trainer.train": ["self", "resume_from_checkpoint"],
+    "transformers:Trainer._save_checkpoint": ["self", "model", "trial"],
+    "transformers:Trainer._get_output_dir": ["self", "trial"],
+    "transformers:Trainer._push_from_checkpoint": ["self", "checkpoint_folder"],
+    "transformers.trainer:TRAINER_STATE_NAME": [],
     "trl:SFTTrainer._prepare_dataset": ["self", "dataset", "processing_class", "args", "packing"],
     "trl:SFTTrainer.compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     # called or replaced

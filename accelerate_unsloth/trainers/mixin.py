@@ -22,11 +22,12 @@ from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
 from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
+from .checkpointing import CheckpointMixin
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-class DistributedTrainerMixin:
+class DistributedTrainerMixin(CheckpointMixin):
     """
     Mixin for TRL trainers. Put it first among the bases.
 

@@ -1,0 +1,142 @@
+"""
+Checkpoints that are complete or invisible.
+
+A checkpoint is written into a folder of its own that no reader looks into, gets a manifest of its files with sizes and
+checksums, and is then renamed to its place in one step. A process that dies at any moment leaves the earlier ones as they
+were. Reading starts from the newest whose files are those of its manifest.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+STAGING = ".incomplete"
+
+_CHUNK_BYTES = 2**24
+
+
+def publish(written: Path, place: Path) -> None:
+    """
+    Make a written checkpoint visible: manifest, flush to disk, rename.
+
+    Args:
+        written (`Path`): The folder that holds all its files, on the same file system as `place`.
+        place (`Path`): Where it shall be; an older checkpoint there is replaced.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from accelerate_unsloth import checkpoints
+    >>> run = Path(tempfile.mkdtemp())
+    >>> (run / ".incomplete" / "checkpoint-1").mkdir(parents=True)
+    >>> checkpoints.publish(run / ".incomplete" / "checkpoint-1", run / "checkpoint-1")
+    >>> checkpoints.damage(run / "checkpoint-1") is None
+    True
+    ```
+    """
+    manifest = {str(file.relative_to(written)): _describe(file) for file in _files(written)}
+    (written / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for file in [*_files(written), written / MANIFEST]:
+        _flush(file)
+    if place.exists():  # a resumed run comes by the same step again
+        replaced = written.with_name(f"{place.name}.replaced")
+        place.rename(replaced)
+        written.rename(place)
+        shutil.rmtree(replaced)
+    else:
+        written.rename(place)
+    _flush(place.parent)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or `None` if it is as it was written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was not finished, or not written by accelerate_unsloth"
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    for name, expected in manifest.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if _describe(file) != expected:
+            return f"the checksum of {name} is another"
+    return None
+
+
+def newest_complete(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """
+    The newest complete checkpoint of a run.
+
+    Args:
+        run_folder (`Path`): The trainer's `output_dir`.
+
+    Returns:
+        `tuple[Path | None, list[str]]`: the checkpoint, and a line for each newer one that was passed over.
+    """
+    passed_over = []
+    for checkpoint in sorted(_checkpoints(run_folder), key=_step, reverse=True):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint} is passed over: {wrong}")
+    return None, passed_over
+
+
+def rotate(run_folder: Path, limit: int | None, keep: str | None = None) -> None:
+    """
+    Delete the oldest checkpoints beyond `limit`, but never the newest complete one, nor `keep`.
+
+    Args:
+        run_folder (`Path`): The trainer's `output_dir`.
+        limit (`int`, *optional*): The trainer's `save_total_limit`.
+        keep (`str`, *optional*): The best checkpoint.
+    """
+    if not limit or limit <= 0:
+        return
+    newest, _ = newest_complete(run_folder)
+    protected = {newest, None if keep is None else Path(keep)}
+    oldest_first = sorted(_checkpoints(run_folder), key=_step)
+    candidates = [checkpoint for checkpoint in oldest_first if checkpoint not in protected]
+    for checkpoint in candidates[: max(0, len(oldest_first) - limit)]:
+        # Out of sight first: a process that dies while deleting leaves no half of a checkpoint.
+        doomed = run_folder / f".deleted-{checkpoint.name}"
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _checkpoints(run_folder: Path) -> list[Path]:
+    return [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and re.search(r"-\d+$", path.name)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+def _describe(file: Path) -> dict:
+    checksum = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(_CHUNK_BYTES):
+            checksum.update(chunk)
+    return {"bytes": file.stat().st_size, "sha256": checksum.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""The Trainer's checkpoints, written by several processes and complete or invisible; resume from the newest."""
+
+import functools
+import shutil
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from .. import checkpoints, saving
+from ..distributed import PeerFailure, channel
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointMixin:
+    """Saving and resuming, for [`DistributedTrainerMixin`]."""
+
+    _staging: Path | None = None
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        As the Trainer's, and `resume_from_checkpoint="auto"` goes on from the newest complete checkpoint if there is one.
+
+        Raises:
+            ValueError: for `resume_from_checkpoint=True` without a complete checkpoint.
+        """
+        if resume_from_checkpoint in ("auto", True):
+            found = self._newest_checkpoint()
+            if found is None and resume_from_checkpoint is True:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint. Use 'auto' "
+                    "to start from the beginning in that case."
+                )
+            resume_from_checkpoint = found
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _newest_checkpoint(self) -> str | None:
+        """Rank 0 looks, so that all ranks go on from the same one."""
+        found = None
+        if self.is_world_process_zero():
+            checkpoint, passed_over = checkpoints.newest_complete(Path(self.args.output_dir))
+            for line in passed_over:
+                logger.warning(line)
+            found = None if checkpoint is None else str(checkpoint)
+        return channel().gather("resume", found)[0]
+
+    def _save_checkpoint(self, model, trial):
+        run_folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        self._staging = run_folder / checkpoints.STAGING
+        try:
+            # Leftovers of a run that was killed; every rank writes its random states, so all wait for the clearing.
+            saving.write_once("clear", functools.partial(shutil.rmtree, self._staging, ignore_errors=True))
+            super()._save_checkpoint(model, trial)
+            channel().gather("checkpoint", True)
+            saving.write_once("publish", functools.partial(self._publish, run_folder, name))
+        except PeerFailure:
+            raise
+        except Exception as error:  # OSError, or what safetensors and torch.save make of it
+            raise OSError(
+                f"{name} could not be written to {run_folder} ({error}). Earlier checkpoints are as they were. Free "
+                "some space or choose another output_dir, and resume with resume_from_checkpoint='auto'."
+            ) from error
+        finally:
+            self._staging = None
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(run_folder / name))
+
+    def _publish(self, run_folder: Path, name: str) -> None:
+        written = self._staging / name
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(run_folder / name)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        checkpoints.publish(written, run_folder / name)
+        shutil.rmtree(self._staging, ignore_errors=True)
+        checkpoints.rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Later, when the checkpoint has its name."""
