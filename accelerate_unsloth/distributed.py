@@ -216,10 +216,30 @@ def channel() -> Channel:
         return Channel(place, dist.HashStore())
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_STORE_TIMEOUT_S)))
     # Elastic restarts reuse the agent's store; without the attempt in the prefix a rank would read the last attempt's.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    connected = Channel(place, dist.PrefixStore(f"accelerate_unsloth/{attempt}", store))
+    connected = Channel(place, dist.PrefixStore(f"accelerate_unsloth/{_attempt()}", store))
     atexit.register(connected.end)
     return connected
+
+
+def renew_rendezvous() -> None:
+    """
+    Give the process group of a restarted attempt a store of its own. Call before anything builds the process group.
+
+    `accelerate launch --max_restarts` lets all attempts share the agent's store, in which the next attempt finds the
+    addresses of dead processes and cannot connect (torch 2.14.1, `torch.distributed.rendezvous._create_c10d_store`, with
+    static and c10d rendezvous alike). Delete this when a plain `init_process_group` survives a restart.
+    """
+    if _attempt() == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        free_port = probe.getsockname()[1]
+    os.environ["MASTER_PORT"] = str(channel().gather("port", free_port)[0])
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def _attempt() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def bind_device() -> None:

@@ -29,13 +29,17 @@ def launch(
     environment=None,
     timeout_s: int = 120,
     config: str = "unsloth_ddp_cpu",
+    launcher=(),
 ) -> Finished:
-    """Run `script` in `processes` processes; fail the test if they have not ended after `timeout_s` seconds."""
+    """
+    Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`; fail the test if
+    they have not ended after `timeout_s` seconds.
+    """
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "accelerate.commands.launch", "--config_file", str(configs.path(config))]
         # Port 0 lets the launcher find a free one, so that tests can run side by side.
-        command += ["--num_processes", str(processes), "--main_process_port", "0"]
+        command += ["--num_processes", str(processes), "--main_process_port", "0", *launcher]
     command += [str(script), *map(str, arguments)]
     start = time.monotonic()
     process = subprocess.Popen(

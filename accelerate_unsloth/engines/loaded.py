@@ -14,6 +14,7 @@ from ..quiet import quiet_other_ranks
 from . import resolve
 
 failures.install()
+distributed.renew_rendezvous()
 _plugin = UnslothPlugin()
 _use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 

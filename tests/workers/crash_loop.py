@@ -10,6 +10,7 @@ second instead of ten. It forks before anything of accelerate_unsloth is loaded,
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -100,7 +101,7 @@ def main(model: str, data: str, out: str, kills: str, longest_s: str, seed: str)
             # Between the fork and the end of a whole run: loading, training, saving and evaluation all get their share.
             if attempt(arguments, generator.uniform(0.3, float(longest_s)), generator.randrange(2), log):
                 for checkpoint in (Path(out) / "run").glob("checkpoint-*"):
-                    os.rename(checkpoint, checkpoint.with_name(f"old-{killed}-{checkpoint.name}"))
+                    shutil.rmtree(checkpoint)
                 continue
             killed += 1
             steps_seen.append(max([int(c.name[11:]) for c in (Path(out) / "run").glob("checkpoint-*")], default=0))

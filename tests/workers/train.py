@@ -18,6 +18,8 @@ import transformers
 from accelerate import PartialState
 from safetensors.torch import save_file
 
+from tests.workers.provoke import Provoke
+
 
 def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     out = Path(out)
@@ -52,6 +54,8 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         plugin=UnslothPlugin(**options.get("plugin", {})),
     )
     sabotage(options.get("sabotage"))
+    if "provoke" in options:
+        trainer.add_callback(Provoke(**options["provoke"]))
     before = trainer.evaluate() if evaluation is not None else {}
     trainer.train(resume_from_checkpoint=options.get("resume"))
     if options.get("save"):

@@ -1,0 +1,76 @@
+"""Failures of a long run, provoked for real: killed processes, a full disk. See docs/reliability.md."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from accelerate_unsloth import checkpoints
+
+from .launching import ROOT, WORKERS, clean_environment, launch, result
+
+pytestmark = pytest.mark.launch
+
+KILLS = 20
+
+
+def crash_loop(folder, tiny_model, uneven_data, kills, longest_s=0.0):
+    folder.mkdir()
+    words = [tiny_model, uneven_data, folder, kills, longest_s, 1]
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.workers.crash_loop", *map(str, words)],
+        env=clean_environment({"HF_HOME": str(folder / "cache")}),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    outcome = json.loads(finished.stdout.splitlines()[-1])
+    assert outcome["ended"], (folder / "log.txt").read_text()[-3000:]
+    return outcome
+
+
+def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(tiny_model, uneven_data, tmp_path):
+    whole = crash_loop(tmp_path / "whole", tiny_model, uneven_data, kills=0)
+    outcome = crash_loop(tmp_path / "killed", tiny_model, uneven_data, KILLS, whole["last_attempt_s"])
+    assert outcome["killed"] == KILLS
+    assert any(outcome["steps_seen"])  # some of them after a checkpoint
+    assert result(tmp_path / "killed")["losses"] == result(tmp_path / "whole")["losses"]
+    one, other = (load_file(tmp_path / name / "weights0.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def start(folder, tiny_model, uneven_data, processes=2, launcher=(), **options):
+    options["args"] = {"gradient_accumulation_steps": 2, "num_train_epochs": 2} | options.get("args", {})
+    return launch(
+        WORKERS / "train.py",
+        [tiny_model, uneven_data, folder, json.dumps(options)],
+        processes,
+        environment={"HF_HOME": str(folder / "cache")},
+        launcher=launcher,
+    )
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+def test_the_launchers_own_restart_goes_on_from_the_last_checkpoint(tiny_model, uneven_data, tmp_path):
+    options = {"args": SAVING, "resume": "auto", "provoke": {"what": "kill", "step": 5}}
+    finished = start(tmp_path, tiny_model, uneven_data, launcher=["--max_restarts", "1"], **options)
+    assert finished.status == 0, finished.output[-3000:]
+    assert len(result(tmp_path)["losses"]) == 12
+    assert checkpoints.damage(tmp_path / "run" / "checkpoint-12") is None
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_and_says_so_once(tiny_model, uneven_data, tmp_path):
+    options = {"args": SAVING, "provoke": {"what": "full_disk", "rank": 0, "step": 3}}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status != 0
+    assert finished.output.count("checkpoint-4 could not be written to") == 1
+    newest, passed_over = checkpoints.newest_complete(tmp_path / "run")
+    assert newest == tmp_path / "run" / "checkpoint-2"
+    assert passed_over == []

@@ -1,0 +1,37 @@
+"""What can go wrong in a long run, provoked at a chosen step of a chosen rank: `{"what": ..., "rank": 1, "step": 3}`."""
+
+import os
+import resource
+import signal
+import time
+
+from transformers import TrainerCallback
+
+
+class Provoke(TrainerCallback):
+    def __init__(self, what: str, step: int, rank: int = 1):
+        self.what, self.step = what, step
+        self.here = int(os.environ.get("RANK", 0)) == rank
+        self.first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.here and self.first_attempt and state.global_step == self.step:
+            getattr(self, self.what)()
+
+    def kill(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def full_disk(self):
+        """No file of this process may grow beyond 4 KiB from now on."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+    def hang(self):
+        while True:
+            time.sleep(60)
+
+    def terminate_launcher(self):
+        """What a scheduler does to a preempted job: the launcher is told, and tells its processes."""
+        os.kill(os.getppid(), signal.SIGTERM)
+
+    def interrupt(self):
+        os.kill(os.getpid(), signal.SIGINT)
