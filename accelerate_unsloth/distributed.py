@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -128,6 +129,24 @@ class Channel:
         key = self._next_key(name)
         self._post(f"{key}/{self.topology.rank}", value)
         return [self._receive(f"{key}/{rank}", rank) for rank in range(self.topology.world_size)]
+
+    def exchange(self, name: str, value: Any, timeout_s: float) -> dict[int, Any]:
+        """
+        As [`Channel.gather`], for when something is wrong: takes what arrives within `timeout_s` seconds.
+
+        Returns:
+            `dict[int, Any]`: the value of each rank, or `None` for one that did not send it in time.
+        """
+        key = self._next_key(name)
+        self._post(f"{key}/{self.topology.rank}", value)
+        deadline, values = time.monotonic() + timeout_s, {}
+        for rank in range(self.topology.world_size):
+            with suppress(RuntimeError):
+                left_s = max(deadline - time.monotonic(), 0.1)
+                self._store.wait([f"{key}/{rank}"], timedelta(seconds=left_s))
+            arrived = self._store.check([f"{key}/{rank}"])
+            values[rank] = json.loads(self._store.get(f"{key}/{rank}")) if arrived else None
+        return values
 
     def run_on_main(self, name: str, function: Callable[[], Any]) -> Any:
         """

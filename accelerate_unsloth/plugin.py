@@ -10,9 +10,9 @@ PREFIX = "ACCELERATE_UNSLOTH_"
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
-def _option(default: Any) -> Any:
+def _option(default: Any, minimum: int = 1) -> Any:
     """A field that is `None` until `__post_init__` has looked for its environment variable."""
-    return field(default=None, metadata={"default": default})
+    return field(default=None, metadata={"default": default, "minimum": minimum})
 
 
 @dataclass
@@ -42,6 +42,12 @@ class UnslothPlugin:
             For `"overlapped"`: let DDP copy rank 0's buffers to the others before a forward.
         comm_hook (`str`, *optional*, defaults to `"no"`):
             For `"overlapped"`: `"fp16"` or `"bf16"` sends gradients in that precision.
+        on_nonfinite (`str`, *optional*, defaults to `"stop"`):
+            What a loss or gradient that is not finite does, on any rank: `"stop"` ends the run with the rank and its
+            samples, `"skip"` passes over the step on all ranks.
+        watchdog_timeout_s (`int`, *optional*, defaults to `3600`):
+            Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends.
+            `0` switches it off; under a debugger it is off.
         log_on_each_rank (`bool`, *optional*, defaults to `False`):
             Keep banners, progress bars and warnings on every rank, to look into a rank that differs.
 
@@ -65,6 +71,8 @@ class UnslothPlugin:
     bucket_cap_mb: int = _option(25)
     broadcast_buffers: bool = _option(False)
     comm_hook: Literal["no", "fp16", "bf16"] = _option("no")
+    on_nonfinite: Literal["stop", "skip"] = _option("stop")
+    watchdog_timeout_s: int = _option(3600, minimum=0)
     log_on_each_rank: bool = _option(False)
 
     def __post_init__(self):
@@ -75,11 +83,11 @@ class UnslothPlugin:
             variable = PREFIX + option.name.upper()
             if value is None and variable in os.environ:
                 value, source = os.environ[variable], variable
-            setattr(
-                self,
-                option.name,
-                option.metadata["default"] if value is None else _parse(source, value, hints[option.name]),
-            )
+            if value is None:
+                value = option.metadata["default"]
+            else:
+                value = _parse(source, value, hints[option.name], option.metadata["minimum"])
+            setattr(self, option.name, value)
 
     def ddp_kwargs(self, **overrides: Any):
         """
@@ -123,7 +131,7 @@ class UnslothPlugin:
         return [self.ddp_kwargs()]
 
 
-def _parse(source: str, value: Any, hint: Any) -> Any:
+def _parse(source: str, value: Any, hint: Any, minimum: int) -> Any:
     """Check `value` of the option or variable `source` against its type, reading it from text if it is text."""
     if get_origin(hint) is Literal:
         allowed = get_args(hint)
@@ -136,9 +144,9 @@ def _parse(source: str, value: Any, hint: Any) -> Any:
         try:
             number = int(value)
         except (TypeError, ValueError):
-            number = 0
-        if number < 1:
-            raise ValueError(f"{source}={value!r} is not a whole number above 0. Give one, for example 25.")
+            number = minimum - 1
+        if number < minimum:
+            raise ValueError(f"{source}={value!r} is not a whole number of at least {minimum}. Give one.")
         return number
     if isinstance(value, bool):
         return value

@@ -6,9 +6,20 @@ the mean over all tokens of all ranks, as one process would have computed it on 
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What all ranks know after the reduction of a step, the same on each of them."""
+
+    loss: torch.Tensor  # mean over all loss items, a scalar
+    tokens: torch.Tensor  # tokens of all ranks, a scalar
+    stop_votes: int  # ranks that were asked to stop
+    nonfinite_ranks: list[int]  # ranks whose loss or gradient was not finite
 
 
 class FlatReducer:
@@ -36,18 +47,27 @@ class FlatReducer:
         first = self._parameters[0]
         double = any(p.dtype == torch.float64 for p in self._parameters)
         self._sizes = [p.numel() for p in self._parameters]
-        # Behind the gradients: one presence flag a parameter, then the totals of the step.
-        self._num_values, self._num_flags = sum(self._sizes), len(self._sizes)
+        # Behind the gradients: a presence flag for each parameter, the totals of the step, the votes to stop, and for
+        # each rank whether its numbers went bad.
+        self._rank, world_size = dist.get_rank(), dist.get_world_size()
+        self._layout = [sum(self._sizes), len(self._sizes), 3, 1, world_size]
         self._buffer = torch.zeros(
-            self._num_values + self._num_flags + 3,
+            sum(self._layout),
             dtype=torch.float64 if double else torch.float32,
             device=first.device,
         )
-        flat = self._buffer[: self._num_values].split(self._sizes)
+        flat = self._buffer[: self._layout[0]].split(self._sizes)
         self._views = [view.view_as(p) for view, p in zip(flat, self._parameters, strict=True)]
 
     @torch.no_grad()
-    def reduce(self, loss: torch.Tensor, num_items: torch.Tensor, num_tokens: torch.Tensor):
+    def reduce(
+        self,
+        loss: torch.Tensor,
+        num_items: torch.Tensor,
+        num_tokens: torch.Tensor,
+        wants_stop: bool = False,
+        check_gradients: bool = True,
+    ) -> StepTotals:
         """
         Replace each parameter's gradient by the mean over all loss items of all ranks.
 
@@ -55,11 +75,14 @@ class FlatReducer:
             loss (`torch.Tensor`): This rank's mean loss over its items in this step, a scalar.
             num_items (`torch.Tensor`): Number of loss items behind it, a scalar; 0 if the rank had none.
             num_tokens (`torch.Tensor`): Tokens this rank processed, a scalar.
+            wants_stop (`bool`, *optional*, defaults to `False`): Whether this rank was asked to stop.
+            check_gradients (`bool`, *optional*, defaults to `True`):
+                Whether gradients have to be finite; a GradScaler finds and skips those that are not by itself.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: mean loss over all items, and tokens of all ranks.
+            [`StepTotals`]
         """
-        values, flags, totals = self._buffer.split([self._num_values, self._num_flags, 3])
+        values, flags, totals, votes, bad = self._buffer.split(self._layout)
         present = [p.grad is not None for p in self._parameters]
         if all(present):
             flags.fill_(1.0)
@@ -71,6 +94,12 @@ class FlatReducer:
         if gradients:
             torch._foreach_copy_(views, gradients)
         totals.copy_(torch.stack([loss.double() * num_items, num_items, num_tokens]))
+        votes.fill_(float(wants_stop))
+        finite = torch.isfinite(loss)
+        if check_gradients:
+            finite = finite & torch.isfinite(values).all()
+        bad.zero_()
+        bad[self._rank] = ~finite & (totals[1] > 0)
         values.mul_(totals[1])
         # A rank without items has nothing to say, even where its gradient is not a number.
         values.masked_fill_(totals[1] == 0, 0.0)
@@ -82,7 +111,13 @@ class FlatReducer:
             torch._foreach_copy_(gradients, views)
         if not all(present):
             self._add_missing_gradients(present, flags)
-        return totals[0] / weight, totals[2].clone()
+        stop_votes, *bad_ranks = torch.cat([votes, bad]).tolist()
+        return StepTotals(
+            loss=totals[0] / weight,
+            tokens=totals[2].clone(),
+            stop_votes=int(stop_votes),
+            nonfinite_ranks=[rank for rank, count in enumerate(bad_ranks) if count],
+        )
 
     def _add_missing_gradients(self, present: list[bool], flags: torch.Tensor) -> None:
         for parameter, view, has, ranks_with in zip(

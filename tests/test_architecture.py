@@ -13,7 +13,19 @@ PACKAGE = ROOT / "accelerate_unsloth"
 
 # Each room may import from the rooms above it.
 ROOMS = ["_version", "ledger", "configs", "plugin", "distributed", "failures", "quiet", "launch_hint", "saving"]
-ROOMS += ["checkpoints", "reduction", "engines", "policies", "data", "agreement", "report", "trainers", "cli"]
+ROOMS += [
+    "checkpoints",
+    "stopping",
+    "watchdog",
+    "reduction",
+    "engines",
+    "policies",
+    "data",
+    "agreement",
+    "report",
+    "trainers",
+    "cli",
+]
 
 
 def imports_of(file: Path) -> set[str]:

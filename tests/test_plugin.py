@@ -25,7 +25,7 @@ def test_an_unset_field_is_read_from_the_environment_and_a_set_one_is_not(monkey
     [
         ("gradient_sync", "overlaped", "gradient_sync='overlaped' is not known.*Did you mean 'overlapped'"),
         ("comm_hook", "int8", "choose one of no, fp16, bf16"),
-        ("bucket_cap_mb", 0, "bucket_cap_mb=0 is not a whole number above 0"),
+        ("bucket_cap_mb", 0, "bucket_cap_mb=0 is not a whole number of at least 1"),
         ("static_graph", "maybe", "static_graph='maybe' is neither true nor false"),
     ],
 )

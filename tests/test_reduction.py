@@ -51,8 +51,9 @@ def reduce_once(rank, dtype=torch.float32, items=ITEMS, gradients=GRADIENTS, sca
     reducer = FlatReducer(own)
     for parameter, values in zip(own, gradients[rank], strict=True):
         parameter.grad = None if values is None else torch.tensor(values, dtype=dtype) * scale
-    loss, tokens = reducer.reduce(torch.tensor(LOSSES[rank]), torch.tensor(items[rank]), torch.tensor(10 + rank))
-    return [None if p.grad is None else (p.grad / scale).tolist() for p in own], loss.item(), tokens.item()
+    totals = reducer.reduce(torch.tensor(LOSSES[rank]), torch.tensor(items[rank]), torch.tensor(10 + rank))
+    own = [None if p.grad is None else (p.grad / scale).tolist() for p in own]
+    return own, totals.loss.item(), totals.tokens.item()
 
 
 def no_items_on_one_rank(rank):
@@ -98,7 +99,26 @@ def overflow_on_one_rank(rank):
     return weight.item(), scaler.get_scale()
 
 
+def bad_numbers(rank):
+    """Which ranks are named for a bad loss, a bad gradient, and one that a GradScaler answers for; and the votes."""
+    own = parameters()
+    reducer = FlatReducer(own)
+    named = []
+    for loss, gradient, check in [(float("nan"), 1.0, True), (1.0, float("inf"), True), (1.0, float("inf"), False)]:
+        own[0].grad = torch.full((2,), gradient if rank == 1 else 1.0)
+        totals = reducer.reduce(
+            torch.tensor(loss if rank == 1 else 1.0),
+            torch.tensor(1),
+            torch.tensor(1),
+            wants_stop=rank == 0,
+            check_gradients=check,
+        )
+        named.append((totals.nonfinite_ranks, totals.stop_votes))
+    return named
+
+
 CASES = {
+    "bad numbers": bad_numbers,
     "overflow on one rank": overflow_on_one_rank,
     "float32": reduce_once,
     "float64": lambda rank: reduce_once(rank, torch.float64),
@@ -138,6 +158,10 @@ def test_a_gradient_of_the_last_step_does_not_return(tmp_path):
 
 def test_an_overflow_on_one_rank_is_skipped_on_all(tmp_path):
     assert on_two_ranks("overflow on one rank", tmp_path) == [(1.0, 4.0)] * 2
+
+
+def test_every_rank_learns_whose_numbers_went_bad_and_who_wants_to_stop(tmp_path):
+    assert on_two_ranks("bad numbers", tmp_path) == [[([1], 1), ([1], 1), ([], 1)]] * 2
 
 
 def test_broadcast_gives_every_rank_the_weights_of_rank_0(tmp_path):

@@ -66,6 +66,68 @@ def test_the_launchers_own_restart_goes_on_from_the_last_checkpoint(tiny_model, 
     assert checkpoints.damage(tmp_path / "run" / "checkpoint-12") is None
 
 
+def test_a_preempted_run_finishes_its_step_saves_and_goes_on_later(tiny_model, uneven_data, tmp_path):
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    finished = start(folder, tiny_model, uneven_data, provoke={"what": "terminate_launcher", "step": 3})
+    assert finished.status != 0
+    assert finished.output.count("Stopped by a signal after step") == 1
+    newest, _ = checkpoints.newest_complete(folder / "run")
+    assert newest is not None
+
+    resumed = start(folder, tiny_model, uneven_data, resume="auto")
+    assert resumed.status == 0, resumed.output[-3000:]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert start(whole, tiny_model, uneven_data).status == 0
+    assert result(folder)["losses"] == pytest.approx(result(whole)["losses"], rel=1e-6)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model, uneven_data, tmp_path):
+    finished = start(tmp_path, tiny_model, uneven_data, provoke={"what": "interrupt", "step": 3})
+    assert finished.status != 0
+    assert "Stopped by a signal after step 4" in finished.output
+    assert checkpoints.newest_complete(tmp_path / "run")[0].name == "checkpoint-4"
+
+
+def test_a_rank_that_stands_still_is_reported_and_all_end(tiny_model, uneven_data, tmp_path):
+    options = {"plugin": {"watchdog_timeout_s": 3}, "provoke": {"what": "hang", "step": 3}}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status != 0
+    assert finished.output.count("No step has ended for 3 s") == 1
+    assert "rank 1: step 3, hang (" in finished.output
+    stacks = (tmp_path / "run" / "stuck-rank1.txt").read_text()
+    assert "provoke.py" in stacks
+    assert "all_reduce" in (tmp_path / "run" / "stuck-rank0.txt").read_text()
+
+
+@pytest.mark.parametrize("mode", ["after_backward", "overlapped"])
+def test_a_bad_number_on_one_rank_stops_all_with_its_samples(mode, tiny_model, uneven_data, tmp_path):
+    options = {"plugin": {"gradient_sync": mode}, "provoke": {"what": "nan", "step": 2}}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status != 0
+    assert finished.output.count("The loss or a gradient of step 3 is not finite on rank") == 1
+    assert "(samples [" in finished.output
+
+
+def test_a_step_with_a_bad_number_can_be_skipped_on_all(tiny_model, uneven_data, tmp_path):
+    options = {"plugin": {"on_nonfinite": "skip"}, "provoke": {"what": "nan", "step": 2}}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status == 0, finished.output[-3000:]
+    assert "The step is skipped on all ranks" in finished.output
+    one, other = (load_file(tmp_path / f"weights{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.isfinite(weight).all() for weight in one.values())
+
+
+def test_weights_that_drift_apart_are_noticed_before_they_are_saved(tiny_model, uneven_data, tmp_path):
+    options = {"args": SAVING, "provoke": {"what": "drift", "step": 3}}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status != 0
+    assert finished.output.count("The trainable weights of rank(s) 1 differ from rank 0's at step 4") == 1
+    assert checkpoints.newest_complete(tmp_path / "run")[0].name == "checkpoint-2"
+
+
 def test_a_full_disk_leaves_earlier_checkpoints_and_says_so_once(tiny_model, uneven_data, tmp_path):
     options = {"args": SAVING, "provoke": {"what": "full_disk", "rank": 0, "step": 3}}
     finished = start(tmp_path, tiny_model, uneven_data, **options)

@@ -153,11 +153,22 @@ class EffectiveBatchSampler(Sampler):
         return self.num_steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(self.num_samples, self.seed, self.epoch, self.strategy, self.lengths, self.effective_batch)
-        for start in range(0, self.num_steps * self.effective_batch, self.effective_batch):
-            samples = order[start : start + self.effective_batch]
+        order = self._order()
+        for step in range(self.num_steps):
+            samples = self._samples(order, step)
             for row in deal(samples, self.world_size, self.accumulation, self.micro_batch):
                 yield row[self.rank] or [~samples[0]]
+
+    def samples_of_step(self, step: int) -> list[list[int]]:
+        """The samples of each rank in step `step` of the current epoch, without fillers."""
+        rows = deal(self._samples(self._order(), step), self.world_size, self.accumulation, self.micro_batch)
+        return [[index for row in rows for index in row[rank]] for rank in range(self.world_size)]
+
+    def _order(self) -> list[int]:
+        return epoch_order(self.num_samples, self.seed, self.epoch, self.strategy, self.lengths, self.effective_batch)
+
+    def _samples(self, order: list[int], step: int) -> list[int]:
+        return order[step * self.effective_batch : (step + 1) * self.effective_batch]
 
 
 class EvaluationSampler(Sampler):

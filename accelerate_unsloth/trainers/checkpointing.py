@@ -47,6 +47,7 @@ class CheckpointMixin:
 
     def _save_checkpoint(self, model, trial):
         run_folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        self._check_weights_are_equal()
         self._staging = run_folder / checkpoints.STAGING
         try:
             # Leftovers of a run that was killed; every rank writes its random states, so all wait for the clearing.

@@ -7,6 +7,7 @@ that it relies on are listed in `tests/test_patched_points.py`.
 """
 
 import functools
+import math
 
 import torch
 from accelerate.utils import DistributedType
@@ -23,11 +24,12 @@ from ..policies import gradient_sync
 from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
 from .checkpointing import CheckpointMixin
+from .guards import GuardMixin
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-class DistributedTrainerMixin(CheckpointMixin):
+class DistributedTrainerMixin(GuardMixin, CheckpointMixin):
     """
     Mixin for TRL trainers. Put it first among the bases.
 
@@ -200,8 +202,8 @@ class DistributedTrainerMixin(CheckpointMixin):
         """
         items = self._items_ahead.pop(0)
         if self.gradient_sync.mode == "overlapped":
-            self._count_tokens_of_step()
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            return self._end_micro_step_without_reducer(loss)
         loss = torch.zeros((), device=self.args.device)
         if items:  # nothing can be learnt from a filler, or where every label is masked
             if num_items_in_batch is None:
@@ -210,18 +212,36 @@ class DistributedTrainerMixin(CheckpointMixin):
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._loss_weight = None
         if self.gradient_sync.mode == "none":
-            self._count_tokens_of_step()
-            return loss
+            return self._end_micro_step_without_reducer(loss)
         self._step_loss += loss
         if not self.accelerator.sync_gradients:
             return torch.zeros_like(loss)
-        loss_of_all, tokens_of_all = self._reducer.reduce(self._step_loss, self._step_items, self._step_tokens)
-        self._num_tokens += tokens_of_all
-        return loss_of_all.to(loss.dtype)
+        totals = self._reducer.reduce(
+            self._step_loss,
+            self._step_items,
+            self._step_tokens,
+            wants_stop=self._stop.signal is not None,
+            check_gradients=self.accelerator.scaler is None,
+        )
+        self._num_tokens += totals.tokens
+        self._note_end_of_step(totals.stop_votes, totals.nonfinite_ranks)
+        return totals.loss.to(loss.dtype)
 
-    def _count_tokens_of_step(self) -> None:
-        if self.accelerator.sync_gradients:
-            self._num_tokens += self._step_tokens
+    def _end_micro_step_without_reducer(self, loss: torch.Tensor) -> torch.Tensor:
+        """One process, or DDP: there is no reduction of ours that could carry votes and bad numbers."""
+        self._step_loss += loss
+        if not self.accelerator.sync_gradients:
+            return loss
+        self._num_tokens += self._step_tokens
+        votes = torch.tensor(float(self._stop.signal is not None), device=self.args.device)
+        votes = self.accelerator.reduce(votes) if self.gradient_sync.mode == "overlapped" else votes
+        finite = self._own_numbers_are_finite(self._step_loss)
+        ranks = []
+        if not finite:  # DDP has spread bad gradients to all ranks, so that all of them come here
+            losses = channel().gather("nonfinite", math.isfinite(self._step_loss))
+            ranks = [rank for rank, is_finite in enumerate(losses) if not is_finite] or list(range(len(losses)))
+        self._note_end_of_step(int(votes), ranks)
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(

@@ -5,6 +5,7 @@ import resource
 import signal
 import time
 
+import torch
 from transformers import TrainerCallback
 
 
@@ -14,9 +15,25 @@ class Provoke(TrainerCallback):
         self.here = int(os.environ.get("RANK", 0)) == rank
         self.first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.here and state.global_step == self.step and self.what == "nan":
+            self.weight = next(p for p in model.parameters() if p.requires_grad)
+            self.hook = self.weight.register_hook(lambda gradient: gradient * float("nan"))
+
     def on_step_end(self, args, state, control, **kwargs):
         if self.here and self.first_attempt and state.global_step == self.step:
+            self.weights = [p for p in kwargs["model"].parameters() if p.requires_grad]
             getattr(self, self.what)()
+        if hasattr(self, "hook"):
+            self.hook.remove()
+
+    def nan(self):
+        """Provoked before the step, by `on_step_begin`."""
+
+    def drift(self):
+        """A weight of this rank changes a little."""
+        with torch.no_grad():
+            self.weights[0].view(-1)[0] += 1e-3
 
     def kill(self):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -100,8 +100,8 @@ def sabotage(how: str | None) -> None:
         reduction.dist = type("NoDist", (), {"all_reduce": lambda *_: None, "broadcast": lambda *_, **__: None})
     elif how == "mean of rank means":
         reduce = reduction.FlatReducer.reduce
-        reduction.FlatReducer.reduce = lambda self, loss, items, tokens: reduce(
-            self, loss, torch.ones_like(items), tokens
+        reduction.FlatReducer.reduce = lambda self, loss, items, tokens, **options: reduce(
+            self, loss, torch.ones_like(items), tokens, **options
         )
 
 

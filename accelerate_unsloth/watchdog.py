@@ -1,0 +1,91 @@
+"""
+A run that stands still says where, and ends.
+
+A thread in every process looks whether the process still makes progress. When nothing has happened for too long, it
+writes all Python stacks of its process to the output folder, and rank 0 prints where each rank is.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from .distributed import PeerFailure, channel, topology
+
+_ANSWER_S = 10.0
+_HEAD_START_S = 2.0
+
+
+class Watchdog:
+    """
+    Ends the process when `beat` has not been called for `timeout_s` seconds.
+
+    Args:
+        timeout_s (`float`): Longest time without progress.
+        folder (`Path`): Where the stacks are written, as `stuck-rank<N>.txt`.
+    """
+
+    def __init__(self, timeout_s: float, folder: Path):
+        self.timeout_s = timeout_s
+        self.folder = folder
+        self.step = 0
+        self._last = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self.beat(self.step)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def beat(self, step: int) -> None:
+        """Progress was made: `step` is the current optimizer step."""
+        self.step, self._last = step, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.timeout_s / 4)):
+            if time.monotonic() - self._last > self.timeout_s:
+                self._bark()
+
+    def _bark(self) -> None:
+        rank = topology().rank
+        where = _main_thread_position()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"stuck-rank{rank}.txt").open("w") as file:
+            file.write(f"rank {rank}, step {self.step}, no progress for {self.timeout_s:g} s\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        self._tell(rank, where)
+        if rank != 0:
+            time.sleep(_HEAD_START_S)  # the first process to end makes the launcher end the others
+        os._exit(1)
+
+    def _tell(self, rank: int, where: str) -> None:
+        """Every rank says where it is; rank 0 prints it for all."""
+        own = f"step {self.step}, {where}"
+        try:
+            positions = channel().exchange("stuck", own, _ANSWER_S)
+        except (PeerFailure, RuntimeError):
+            positions = {rank: own}
+        if rank == 0:
+            lines = [f"  rank {r}: {position or 'does not answer'}" for r, position in sorted(positions.items())]
+            print(
+                f"No step has ended for {self.timeout_s:g} s (watchdog_timeout_s). The ranks are at:\n"
+                + "\n".join(lines)
+                + f"\nAll stacks are in {self.folder}/stuck-rank*.txt. Training ends; resume it with "
+                "resume_from_checkpoint='auto'.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _main_thread_position() -> str:
+    frame = sys._current_frames()[threading.main_thread().ident]
+    # The innermost line that is not a library's plumbing tells most.
+    innermost = traceback.extract_stack(frame)[-1]
+    return f"{innermost.name} ({innermost.filename}:{innermost.lineno})"
