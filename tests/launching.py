@@ -37,11 +37,17 @@ def launch(
     """
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(configs.path(config))]
         # Port 0 lets the launcher find a free one, so that tests can run side by side.
-        command += ["--num_processes", str(processes), "--main_process_port", "0", *launcher]
-    command += [str(script), *map(str, arguments)]
-    start = time.monotonic()
+        command += [*launcher_command(config, processes, port=0), *launcher]
+    return finish(start([*command, str(script), *map(str, arguments)], environment), timeout_s)
+
+
+def launcher_command(config: str, processes: int, port: int) -> list[str]:
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(configs.path(config))]
+    return [*words, "--num_processes", str(processes), "--main_process_port", str(port)]
+
+
+def start(command: list[str], environment=None) -> subprocess.Popen:
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -51,13 +57,18 @@ def launch(
         cwd=ROOT,
         start_new_session=True,
     )
+    process.started_at = time.monotonic()
+    return process
+
+
+def finish(process: subprocess.Popen, timeout_s: int) -> Finished:
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"no end after {timeout_s} s: {command}\n{output[-4000:]}") from None
-    return Finished(process.returncode, output, time.monotonic() - start)
+        raise AssertionError(f"no end after {timeout_s} s: {process.args}\n{output[-4000:]}") from None
+    return Finished(process.returncode, output, time.monotonic() - process.started_at)
 
 
 def clean_environment(extra=None) -> dict[str, str]:

@@ -98,7 +98,7 @@ def test_a_rank_that_stands_still_is_reported_and_all_end(tiny_model, uneven_dat
     assert "rank 1: step 3, hang (" in finished.output
     stacks = (tmp_path / "run" / "stuck-rank1.txt").read_text()
     assert "provoke.py" in stacks
-    assert "all_reduce" in (tmp_path / "run" / "stuck-rank0.txt").read_text()
+    assert "distributed_c10d" in (tmp_path / "run" / "stuck-rank0.txt").read_text()
 
 
 @pytest.mark.parametrize("mode", ["after_backward", "overlapped"])
