@@ -45,6 +45,9 @@ class UnslothPlugin:
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
             What a loss or gradient that is not finite does, on any rank: `"stop"` ends the run with the rank and its
             samples, `"skip"` passes over the step on all ranks.
+        on_oversized (`str`, *optional*, defaults to `"stop"`):
+            What a single sample does that does not fit the memory: `"stop"` ends the run, `"skip"` leaves it out and
+            says so. A micro-batch of several samples is cut in two instead.
         watchdog_timeout_s (`int`, *optional*, defaults to `3600`):
             Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends.
             `0` switches it off; under a debugger it is off.
@@ -72,6 +75,7 @@ class UnslothPlugin:
     broadcast_buffers: bool = _option(False)
     comm_hook: Literal["no", "fp16", "bf16"] = _option("no")
     on_nonfinite: Literal["stop", "skip"] = _option("stop")
+    on_oversized: Literal["stop", "skip"] = _option("stop")
     watchdog_timeout_s: int = _option(3600, minimum=0)
     log_on_each_rank: bool = _option(False)
 

@@ -120,6 +120,45 @@ def test_a_step_with_a_bad_number_can_be_skipped_on_all(tiny_model, uneven_data,
     assert all(torch.isfinite(weight).all() for weight in one.values())
 
 
+LARGE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, uneven_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder, tiny_model, uneven_data, args=LARGE).status == 0
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_micro_batch_that_does_not_fit_is_cut_with_the_same_result(
+    processes, undisturbed, tiny_model, uneven_data, tmp_path
+):
+    options = {"args": dict(LARGE), "provoke": {"what": "out_of_memory", "step": 1, "rank": processes - 1}}
+    options["args"]["gradient_accumulation_steps"] = 4 // processes
+    finished = start(tmp_path, tiny_model, uneven_data, processes, **options)
+    assert finished.status == 0, finished.output[-3000:]
+    assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
+    assert result(tmp_path, rank=processes - 1)["skipped_samples"] == []
+
+
+def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model, uneven_data, tmp_path):
+    options = {"args": LARGE, "provoke": {"what": "out_of_memory", "step": 1, "always": True}}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status != 0
+    assert "On rank 1 sample" in finished.output
+    assert "set on_oversized='skip'" in finished.output
+
+
+def test_samples_that_do_not_fit_alone_can_be_left_out_on_record(undisturbed, tiny_model, uneven_data, tmp_path):
+    provoke = {"what": "out_of_memory", "step": 1, "always": True}
+    finished = start(tmp_path, tiny_model, uneven_data, args=LARGE, provoke=provoke, plugin={"on_oversized": "skip"})
+    assert finished.status == 0, finished.output[-3000:]
+    assert len(result(tmp_path, rank=1)["skipped_samples"]) == 3  # rank 1's share of the last, incomplete batch
+    assert finished.output.count("does not fit the memory and is left out of step 2") == 3
+    assert result(tmp_path)["losses"][0] == pytest.approx(result(undisturbed)["losses"][0], rel=1e-6)
+
+
 def test_weights_that_drift_apart_are_noticed_before_they_are_saved(tiny_model, uneven_data, tmp_path):
     options = {"args": SAVING, "provoke": {"what": "drift", "step": 3}}
     finished = start(tmp_path, tiny_model, uneven_data, **options)

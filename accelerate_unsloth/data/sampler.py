@@ -145,6 +145,7 @@ class EffectiveBatchSampler(Sampler):
         whole, rest = divmod(num_samples, self.effective_batch)
         self.num_steps = whole if drop_last else whole + (rest > 0)
         self.epoch = 0
+        self._epoch_of_order, self._order_of_epoch = None, []
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -153,22 +154,25 @@ class EffectiveBatchSampler(Sampler):
         return self.num_steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
         for step in range(self.num_steps):
-            samples = self._samples(order, step)
-            for row in deal(samples, self.world_size, self.accumulation, self.micro_batch):
-                yield row[self.rank] or [~samples[0]]
+            rows = self.dealt(step)
+            for row in rows:
+                yield row[self.rank] or [~rows[0][0][0]]
 
-    def samples_of_step(self, step: int) -> list[list[int]]:
-        """The samples of each rank in step `step` of the current epoch, without fillers."""
-        rows = deal(self._samples(self._order(), step), self.world_size, self.accumulation, self.micro_batch)
-        return [[index for row in rows for index in row[rank]] for rank in range(self.world_size)]
+    def dealt(self, step: int) -> list[list[list[int]]]:
+        """Step `step` of the current epoch as [`deal`] cuts it, `[micro_step][rank] -> samples`, without fillers."""
+        order = self._order(self.epoch)
+        samples = order[step * self.effective_batch : (step + 1) * self.effective_batch]
+        return deal(samples, self.world_size, self.accumulation, self.micro_batch)
 
-    def _order(self) -> list[int]:
-        return epoch_order(self.num_samples, self.seed, self.epoch, self.strategy, self.lengths, self.effective_batch)
-
-    def _samples(self, order: list[int], step: int) -> list[int]:
-        return order[step * self.effective_batch : (step + 1) * self.effective_batch]
+    def _order(self, epoch: int) -> list[int]:
+        """The order of an epoch, computed once for all its steps."""
+        if self._epoch_of_order != epoch:
+            self._epoch_of_order = epoch
+            self._order_of_epoch = epoch_order(
+                self.num_samples, self.seed, epoch, self.strategy, self.lengths, self.effective_batch
+            )
+        return self._order_of_epoch
 
 
 class EvaluationSampler(Sampler):

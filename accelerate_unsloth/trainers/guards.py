@@ -80,9 +80,17 @@ class GuardMixin:
 
     def _samples_of_step(self, step: int) -> list[list[int]]:
         """Indices into the prepared training data of each rank's samples, where we deal them."""
+        rows = self._dealt(step)
+        ranks = range(topology().world_size) if rows else ()
+        return [[index for row in rows for index in row[rank]] for rank in ranks]
+
+    def _own_samples_of_step(self, step: int) -> list[list[int]]:
+        """Indices into the prepared training data of this rank's micro-batches, where we deal them."""
+        return [row[topology().rank] for row in self._dealt(step)]
+
+    def _dealt(self, step: int) -> list[list[list[int]]]:
         sampler = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
-        sampler = getattr(sampler, "batch_sampler", sampler)  # after a resume accelerate wraps it to skip batches
-        return sampler.samples_of_step(step % sampler.num_steps) if hasattr(sampler, "samples_of_step") else []
+        return sampler.dealt(step % sampler.num_steps) if hasattr(sampler, "dealt") else []
 
     def _own_numbers_are_finite(self, loss: torch.Tensor) -> bool:
         """Where no reduction of ours looks at them: this process's loss, and its gradients unless a GradScaler does."""

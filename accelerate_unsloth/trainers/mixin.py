@@ -25,11 +25,12 @@ from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
 from .checkpointing import CheckpointMixin
 from .guards import GuardMixin
+from .out_of_memory import OutOfMemoryMixin
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-class DistributedTrainerMixin(GuardMixin, CheckpointMixin):
+class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
     """
     Mixin for TRL trainers. Put it first among the bases.
 
@@ -87,6 +88,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin):
     def _resolve_policies(self) -> None:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         world_size = self.accelerator.num_processes
+        self._gradients_are_small = trainable <= gradient_sync.AFTER_BACKWARD_MAX_TRAINABLE
         takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         self.gradient_sync = gradient_sync.resolve(self.plugin.gradient_sync, world_size, trainable, takes_count)
         # The token count of a step is needed by every rank under DDP, and by no other rank under our own reduction.
@@ -182,6 +184,8 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         shifted = getattr(self, "_loss_shifts_labels", True)
         self._items_ahead = [count_items(batch, shifted) for batch in batches]
+        # Without its samples a micro-batch cannot be cut in two, and a copy of large gradients costs more than it saves.
+        self._samples_ahead = self._own_samples_of_step(self.state.global_step) if self._gradients_are_small else []
         counted = sum(self._items_ahead) if num_items is None else num_items
         self._step_items = torch.as_tensor(counted, device=device, dtype=torch.float64)
         self._step_tokens = torch.tensor(
@@ -201,16 +205,15 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin):
             micro-batch, and zero before; else what the stock Trainer returns.
         """
         items = self._items_ahead.pop(0)
+        samples = self._samples_ahead.pop(0) if self._samples_ahead else []
         if self.gradient_sync.mode == "overlapped":
             loss = super().training_step(model, inputs, num_items_in_batch)
             return self._end_micro_step_without_reducer(loss)
         loss = torch.zeros((), device=self.args.device)
         if items:  # nothing can be learnt from a filler, or where every label is masked
-            if num_items_in_batch is None:
-                # The loss is a mean over the micro-batch, which the Trainer divides by the micro-steps.
-                self._loss_weight = items * self.current_gradient_accumulation_steps / self._step_items
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self._loss_weight = None
+            loss = self._learn(model, inputs, num_items_in_batch, items, samples)
+        if self.accelerator.sync_gradients:
+            self._forget_skipped_items()
         if self.gradient_sync.mode == "none":
             return self._end_micro_step_without_reducer(loss)
         self._step_loss += loss

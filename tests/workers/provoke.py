@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 
 class Provoke(TrainerCallback):
-    def __init__(self, what: str, step: int, rank: int = 1):
+    def __init__(self, what: str, step: int, rank: int = 1, always: bool = False):
+        self.always = always
         self.what, self.step = what, step
         self.here = int(os.environ.get("RANK", 0)) == rank
         self.first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -19,6 +20,19 @@ class Provoke(TrainerCallback):
         if self.here and state.global_step == self.step and self.what == "nan":
             self.weight = next(p for p in model.parameters() if p.requires_grad)
             self.hook = self.weight.register_hook(lambda gradient: gradient * float("nan"))
+
+        if self.here and state.global_step == self.step and self.what == "out_of_memory":
+            weights = [p for p in model.parameters() if p.requires_grad]
+            self.hook = weights[0].register_hook(self.run_out_of_memory)
+
+    def run_out_of_memory(self, gradient):
+        """In a backward that is nearly done, so that other weights have their gradients; once, or always."""
+        if not self.always:
+            self.hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory. Provoked by a test")
+
+    def out_of_memory(self):
+        """Provoked in the backward."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.here and self.first_attempt and state.global_step == self.step:

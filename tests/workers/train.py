@@ -70,6 +70,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "gradient_sync": trainer.gradient_sync.mode,
         "mapped_rows": maps,
         "saves": saves,
+        "skipped_samples": trainer.skipped_samples,
         "eval_losses": [before.get("eval_loss")]
         + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
         "wrapper": type(trainer.model_wrapped).__name__,

@@ -1,0 +1,108 @@
+"""
+A micro-batch that does not fit is cut in two and tried again, on the rank where it happened and nowhere else.
+
+That is possible because ranks do not meet inside a forward or backward: the others only see a slower step. The loss of a
+micro-batch is a sum divided by the token count of the whole step, so two halves give the same gradient as the whole.
+"""
+
+import sys
+
+import torch
+from transformers.utils import logging
+
+from ..data.loader import count_items
+from ..distributed import topology
+
+logger = logging.get_logger(__name__)
+
+
+class OutOfMemoryMixin:
+    """Surviving a micro-batch that is too large, for [`DistributedTrainerMixin`]."""
+
+    def __init__(self, *args, **kwargs):
+        self._skipped_items = 0
+        self.skipped_samples: list[int] = []
+        super().__init__(*args, **kwargs)
+
+    def _learn(self, model, inputs, num_items_in_batch, items: int, samples: list[int]) -> torch.Tensor:
+        """
+        Forward and backward of a micro-batch; its loss.
+
+        Args:
+            items (`int`): Loss items of the micro-batch.
+            samples (`list[int]`): Its indices into the training data; empty if we did not deal them.
+
+        Raises:
+            torch.OutOfMemoryError: if it does not fit and cannot be cut, because it is a single sample that is not to
+                be skipped, or because its samples are not known.
+        """
+        # Few and small with adapters: a backward that breaks off has already added to some of them.
+        trainable = [p for p in model.parameters() if p.requires_grad] if samples else []
+        kept = [(p, None if p.grad is None else p.grad.clone()) for p in trainable]
+        try:
+            return self._learn_at_once(model, inputs, num_items_in_batch, items)
+        except torch.OutOfMemoryError as error:
+            if not samples or (len(samples) == 1 and self.plugin.on_oversized == "stop"):
+                raise self._explained(error, samples) from error
+        # Outside of the except block, whose traceback holds the activations.
+        del inputs
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(samples) == 1:
+            return self._skip(samples[0], items)
+        half = len(samples) // 2
+        logger.warning_once("A micro-batch did not fit the memory; it is cut in two, with the same result.")
+        return sum(
+            self._learn(model, batch, num_items_in_batch, self._count(batch), part)
+            for part, batch in ((part, self._collate(part)) for part in (samples[:half], samples[half:]))
+        )
+
+    def _learn_at_once(self, model, inputs, num_items_in_batch, items: int) -> torch.Tensor:
+        if num_items_in_batch is None:
+            # The loss is a mean over the micro-batch, which the Trainer divides by the micro-steps.
+            self._loss_weight = items * self.current_gradient_accumulation_steps / self._step_items
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._loss_weight = None
+
+    def _explained(self, error: torch.OutOfMemoryError, samples: list[int]) -> torch.OutOfMemoryError:
+        what = f"sample {samples[0]} alone, of {self._length(samples[0])} tokens," if samples else "a micro-batch"
+        return torch.OutOfMemoryError(
+            f"On rank {topology().rank} {what} does not fit the memory ({error}). Use gradient checkpointing, a smaller "
+            "max_length or 4-bit weights, or set on_oversized='skip' to leave such samples out."
+        )
+
+    def _skip(self, sample: int, items: int) -> torch.Tensor:
+        print(
+            f"[rank {topology().rank}] sample {sample}, of {self._length(sample)} tokens, does not fit the memory and is "
+            f"left out of step {self.state.global_step + 1}.",
+            file=sys.stderr,
+        )
+        self.skipped_samples.append(sample)
+        self._skipped_items += items
+        return torch.zeros((), device=self.args.device)
+
+    def _forget_skipped_items(self) -> None:
+        """Before the reduction of a step: its mean is over the items that were learnt from."""
+        if not self._skipped_items:
+            return
+        left = self._step_items - self._skipped_items
+        factor = self._step_items / left.clamp(min=1.0)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        self._step_loss *= factor
+        self._step_items, self._skipped_items = left, 0
+
+    def _collate(self, samples: list[int]):
+        loader = self.callback_handler.train_dataloader
+        return loader.collate_fn([loader.dataset[index] for index in samples])
+
+    def _count(self, batch) -> int:
+        return count_items(batch, getattr(self, "_loss_shifts_labels", True))
+
+    def _length(self, sample: int) -> int:
+        return len(self.train_dataset[sample].get("input_ids", ()))
