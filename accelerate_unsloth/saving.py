@@ -20,6 +20,8 @@ _WRITERS = (
     "save_pretrained_ggml",
     "push_to_hub_ggml",
     "save_pretrained_torchao",
+    "save_pretrained_openvino",
+    "push_to_hub_openvino",
 )
 
 _writing = False
@@ -71,8 +73,8 @@ def guard(thing) -> None:
 
 def _once(name, function):
     @functools.wraps(function)
-    def guarded(self, target, *args, **kwargs):
-        return write_once(name, lambda: function(self, target, *args, **kwargs))
+    def guarded(self, *args, **kwargs):
+        return write_once(name, lambda: function(self, *args, **kwargs))
 
     guarded._writes_once = True
     return guarded

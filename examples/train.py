@@ -116,14 +116,15 @@ def main(script: ScriptArguments, training: SFTConfig) -> None:
         model.save_pretrained_merged(os.path.join(training.output_dir, "merged"), tokenizer)
     if not trainer.is_world_process_zero():
         return
-    tokens = max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0)
+    logged = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     if before is not None:
         print(f"\nevaluation loss: {before:.4f} before, {after:.4f} after")
     if answers:
         print(f"prompt: {script.sample_prompt}")
         print(f"answer before: {answer_before}")
         print(f"answer after: {answer(model, tokenizer, script.sample_prompt)}")
-    print(f"tokens/s: {tokens / seconds:,.0f} on {trainer.accelerator.num_processes} process(es)")
+    if logged and script.resume is None:  # a resumed run counts from its beginning, and its seconds from here
+        print(f"tokens/s: {logged[-1] / seconds:,.0f} on {trainer.accelerator.num_processes} process(es)")
     print(f"adapter: {os.path.abspath(training.output_dir)}")
 
 

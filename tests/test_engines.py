@@ -139,6 +139,24 @@ def test_a_copy_of_a_guarded_model_saves_itself(adapted, tmp_path, monkeypatch):
     assert all((w == 0).all() for w in load_file(tmp_path / "adapter_model.safetensors").values())
 
 
+def test_only_rank_0_saves_by_position_and_by_keyword(adapted, tmp_path, monkeypatch):
+    from accelerate_unsloth import saving
+
+    model, tokenizer = adapted
+    written = []
+    for rank in (0, 1):
+        monkeypatch.setattr(saving, "topology", lambda rank=rank: distributed.Topology(rank, 2, rank, 2))
+        # Rank 0's side of the channel runs what it is given; the others' side does not.
+        run = (lambda name, write: write()) if rank == 0 else (lambda name, write: None)
+        monkeypatch.setattr(saving, "channel", lambda run=run: type("Channel", (), {"run_on_main": staticmethod(run)}))
+        for thing in (model, tokenizer):
+            saving.guard(thing)
+            thing.save_pretrained(tmp_path / f"position-{rank}")
+            thing.save_pretrained(save_directory=tmp_path / f"keyword-{rank}")
+        written.append(sorted(path.name for path in tmp_path.iterdir()))
+    assert written == [["keyword-0", "position-0"]] * 2
+
+
 def test_a_save_method_of_unsloth_only_is_refused(adapted, tmp_path):
     with pytest.raises(ValueError, match="save_method='merged_4bit' needs Unsloth"):
         adapted[0].save_pretrained_merged(str(tmp_path), save_method="merged_4bit")

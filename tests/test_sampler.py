@@ -120,5 +120,8 @@ def test_an_unknown_strategy_is_named():
 def test_evaluation_sees_each_sample_once_and_ranks_stay_in_step(num_samples, world_size, batch_size):
     streams = [list(EvaluationSampler(num_samples, world_size, rank, batch_size)) for rank in range(world_size)]
     assert len({len(stream) for stream in streams}) == 1
+    for rank, stream in enumerate(streams):
+        real = EvaluationSampler(num_samples, world_size, rank, batch_size).num_real
+        assert [batch[0] >= 0 for batch in stream] == [True] * real + [False] * (len(stream) - real)
     seen = [index for stream in streams for batch in stream for index in batch if index >= 0]
     assert sorted(seen) == list(range(num_samples))

@@ -1,5 +1,7 @@
 """The trainer that Unsloth generates, in one and two processes. Its kernels need a GPU: see tests/gpu."""
 
+import json
+
 import pytest
 
 from .launching import WORKERS, launch, result
@@ -19,6 +21,15 @@ def runs(tiny_model, uneven_data, tmp_path_factory):
         assert finished.status == 0, finished.output[-4000:]
         folders[processes] = folder
     return folders
+
+
+def test_the_loaders_keep_unsloths_calls_and_leave_other_gpus_alone():
+    finished = launch(WORKERS / "unsloth_loader.py", processes=1)
+    assert finished.status == 0, finished.output[-3000:]
+    seen = json.loads(finished.output.splitlines()[-1])
+    assert seen["same_signature"] == [True] * 4
+    assert seen["inherited"]
+    assert seen["built"] == ["cuda:1", "cpu"]
 
 
 def test_the_mixin_sits_on_unsloths_trainer_and_token_count(runs):

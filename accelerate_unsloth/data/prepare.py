@@ -44,8 +44,16 @@ def prepare_once(dataset, prepare: Callable, split: str):
     with _without_ordering():
         folder = channel().run_on_local_main(f"prepare/{split}", lambda: str(_write(prepare(dataset))))
         if not topology().is_local_main:
-            prepare(dataset.select(range(min(_PROBE_ROWS, len(dataset)))))
+            _set_up_trainer(dataset, prepare)
     return datasets.load_from_disk(folder)
+
+
+def _set_up_trainer(dataset, prepare: Callable) -> None:
+    """For its effects on the trainer only, on a few rows; on all where these few cannot be prepared on their own."""
+    try:
+        prepare(dataset.select(range(min(_PROBE_ROWS, len(dataset)))))
+    except Exception:  # whatever it is, the whole data set has just been prepared on another process
+        prepare(dataset)
 
 
 @contextmanager

@@ -200,6 +200,12 @@ class EvaluationSampler(Sampler):
         self.rank = rank
         self.batch_size = batch_size
 
+    @property
+    def num_real(self) -> int:
+        """Batches of this rank that hold samples; what comes after them are fillers."""
+        batches = -(-self.num_samples // self.batch_size)
+        return batches // self.world_size + (self.rank < batches % self.world_size)
+
     def __len__(self) -> int:
         return -(-self.num_samples // (self.world_size * self.batch_size))
 

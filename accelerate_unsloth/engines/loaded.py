@@ -11,7 +11,7 @@ import torch
 from .. import distributed, failures, launch_hint
 from ..plugin import UnslothPlugin
 from ..quiet import quiet_other_ranks
-from . import resolve
+from . import environment, resolve
 
 failures.install()
 distributed.renew_rendezvous()
@@ -21,6 +21,8 @@ _use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 choice = resolve(_plugin.engine, 0 if _use_cpu else torch.cuda.device_count(), _use_cpu)
 quiet_other_ranks(_plugin)
 if not _use_cpu:
+    if choice.name == "unsloth":
+        environment.set_allocator_defaults()
     distributed.bind_device()
     launch_hint.show(torch.cuda.device_count())
 

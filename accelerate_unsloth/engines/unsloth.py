@@ -6,6 +6,7 @@ import torch
 
 from .. import saving
 from ..distributed import topology
+from ..ledger import ledger
 from ..quiet import muted_prints
 from . import check_model_name, placement
 
@@ -21,6 +22,32 @@ def _import_unsloth():
             "transformers and PEFT without Unsloth's kernels."
         ) from error
     return unsloth
+
+
+def only_on_own_gpu(set_cache, own_index: int):
+    """
+    `set_cache(self, seq_len, device, dtype)` that passes over other GPUs than `own_index`.
+
+    Unsloth's rotary embeddings build their caches on every visible GPU (unsloth 2026.10.6, `models/llama.py`,
+    `models/gemma.py`), which would open a CUDA context of every rank on each of them. Delete this when they build them
+    on the current one.
+    """
+
+    @functools.wraps(set_cache)
+    def on_own_gpu(self, seq_len, device, dtype):
+        if torch.device(device).index in (None, own_index):
+            set_cache(self, seq_len, device, dtype)
+
+    return on_own_gpu
+
+
+def _keep_caches_on_own_gpu() -> None:
+    for module in (unsloth.models.llama, unsloth.models.gemma):
+        for kind in list(vars(module).values()):
+            if isinstance(kind, type) and "_set_cos_sin_cache" in vars(kind):
+                own = only_on_own_gpu(kind._set_cos_sin_cache, torch.cuda.current_device())
+                if not ledger.holds(kind, "_set_cos_sin_cache"):
+                    ledger.patch(kind, "_set_cos_sin_cache", own)
 
 
 def _own_device() -> str:
@@ -63,5 +90,7 @@ def _for_several_processes(base):
 
 
 unsloth = _import_unsloth()
+if topology().world_size > 1:
+    _keep_caches_on_own_gpu()
 FastLanguageModel = _for_several_processes(unsloth.FastLanguageModel)
 FastModel = _for_several_processes(unsloth.FastModel)

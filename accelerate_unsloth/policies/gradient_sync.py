@@ -6,7 +6,8 @@ runs inside a forward or a backward, so nothing that happens there on one rank a
 costs one float32 copy of the gradients, and the reduction is not hidden behind the backward: with LoRA both are small.
 
 `overlapped`: DistributedDataParallel reduces buckets while the last backward runs. For full fine-tuning, where the
-gradients are as large as the model.
+gradients are as large as the model. Not for adapters, however large: DDP has to search for the parameters that a step
+skips, and that breaks reentrant checkpointing ("marked as ready twice").
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ class GradientSyncChoice:
     reason: str  # one clause, shown in the start-up table
 
 
-def resolve(requested: str, world_size: int, trainable: int, loss_takes_item_count: bool) -> GradientSyncChoice:
+def resolve(
+    requested: str, world_size: int, trainable: int, total: int, loss_takes_item_count: bool
+) -> GradientSyncChoice:
     """
     Choose how gradients are reduced.
 
@@ -29,6 +32,7 @@ def resolve(requested: str, world_size: int, trainable: int, loss_takes_item_cou
         requested (`str`): `"auto"`, `"after_backward"` or `"overlapped"`.
         world_size (`int`): Number of processes.
         trainable (`int`): Number of trainable values.
+        total (`int`): Number of all values of the model.
         loss_takes_item_count (`bool`):
             Whether the model's loss divides by a given token count (`num_items_in_batch`). If it only takes means,
             DDP's average of them is not the mean over all tokens.
@@ -40,7 +44,7 @@ def resolve(requested: str, world_size: int, trainable: int, loss_takes_item_cou
 
     ```python
     >>> from accelerate_unsloth.policies import gradient_sync
-    >>> gradient_sync.resolve("auto", world_size=4, trainable=42_000_000, loss_takes_item_count=True).mode
+    >>> gradient_sync.resolve("auto", 4, trainable=42_000_000, total=8_000_000_000, loss_takes_item_count=True).mode
     'after_backward'
     ```
     """
@@ -58,4 +62,6 @@ def resolve(requested: str, world_size: int, trainable: int, loss_takes_item_cou
         return GradientSyncChoice("after_backward", "this model's loss is a mean, which only this mode weighs exactly")
     if trainable <= AFTER_BACKWARD_MAX_TRAINABLE:
         return GradientSyncChoice("after_backward", f"gradients are small: {buffer_gib:.2f} GiB in one all-reduce")
+    if trainable < total:
+        return GradientSyncChoice("after_backward", f"only a part is trained: {buffer_gib:.2f} GiB in one all-reduce")
     return GradientSyncChoice("overlapped", f"gradients are large: {buffer_gib:.1f} GiB, hidden behind the backward")

@@ -2,13 +2,16 @@
 
 import functools
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .. import checkpoints, saving
 from ..distributed import PeerFailure, channel
+from ..ledger import Ledger
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +47,26 @@ class CheckpointMixin:
                 logger.warning(line)
             found = None if checkpoint is None else str(checkpoint)
         return channel().gather("resume", found)[0]
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        with self._adapters_loaded_here():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self):
+        with self._adapters_loaded_here():
+            super()._load_best_model()
+
+    @contextmanager
+    def _adapters_loaded_here(self):
+        """PEFT loads adapters onto the first GPU unless told otherwise (peft 0.21, `infer_device`)."""
+        patches = Ledger()
+        if isinstance(self.model, PeftModel):
+            here = functools.partial(self.model.load_adapter, torch_device=str(self.args.device))
+            patches.patch(self.model, "load_adapter", here)
+        try:
+            yield
+        finally:
+            patches.undo()
 
     def _save_checkpoint(self, model, trial):
         run_folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"

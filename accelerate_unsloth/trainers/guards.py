@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..distributed import channel, topology
+from ..quiet import muted_prints
 from ..stopping import StopRequest
 from ..watchdog import Watchdog
 
@@ -32,7 +33,7 @@ class GuardMixin:
         Raises:
             SystemExit: with 128 + the signal's number, after such a stop.
         """
-        with self._stop.listening(), self._watched():
+        with self._stop.listening(), self._watched(), muted_prints():
             output = super().train(*args, **kwargs)
         if self._stop_agreed:
             if self.is_world_process_zero():

@@ -9,6 +9,9 @@ that it relies on are listed in `tests/test_patched_points.py`.
 import functools
 import math
 
+from ..engines.loaded import choice
+
+# isort: split
 import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import IterableDataset
@@ -18,7 +21,6 @@ from ..data.loader import PlannedDataLoader, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
 from ..distributed import channel, topology
-from ..engines.loaded import choice
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
 from ..quiet import mute_libraries, muted_prints
@@ -32,7 +34,7 @@ _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType
 
 class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
     """
-    Mixin for TRL trainers. Put it first among the bases.
+    Mixin for trainers of the kind of TRL's SFTTrainer: a loss over labelled tokens. Put it first among the bases.
 
     Args:
         plugin ([`UnslothPlugin`], *optional*):
@@ -46,8 +48,8 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
 
     ```python
     >>> from accelerate_unsloth import DistributedTrainerMixin
-    >>> from trl import RewardTrainer
-    >>> class MyRewardTrainer(DistributedTrainerMixin, RewardTrainer): ...
+    >>> from trl import SFTTrainer
+    >>> class MySFTTrainer(DistributedTrainerMixin, SFTTrainer): ...
     ```
     """
 
@@ -90,7 +92,10 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         world_size = self.accelerator.num_processes
         self._gradients_are_small = trainable <= gradient_sync.AFTER_BACKWARD_MAX_TRAINABLE
         takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        self.gradient_sync = gradient_sync.resolve(self.plugin.gradient_sync, world_size, trainable, takes_count)
+        total = sum(p.numel() for p in self.model.parameters())
+        self.gradient_sync = gradient_sync.resolve(
+            self.plugin.gradient_sync, world_size, trainable, total, takes_count
+        )
         # The token count of a step is needed by every rank under DDP, and by no other rank under our own reduction.
         self.token_mean_was_off = world_size > 1 and not self.args.average_tokens_across_devices
         self.args.average_tokens_across_devices = self.gradient_sync.mode == "overlapped"
@@ -104,16 +109,18 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         """The Trainer's accelerator, with the plugin's DDP preset; the user's own `ddp_*` arguments win."""
         args = super()._build_accelerator_args(**kwargs)
         (handler,) = args["kwargs_handlers"]
-        chosen = handler.to_kwargs()
-        if self.plugin.find_unused_parameters is not None and self.args.ddp_find_unused_parameters is None:
-            chosen.pop("find_unused_parameters", None)
+        names = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph")
+        given = {name: getattr(self.args, f"ddp_{name}") for name in names}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if self.plugin.find_unused_parameters is None:
+            chosen.setdefault("find_unused_parameters", handler.find_unused_parameters)
         args["kwargs_handlers"] = [self.plugin.ddp_kwargs(**chosen)]
         return args
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         """TRL's or Unsloth's preparation, once a node."""
         check_not_empty(dataset, "given")
-        prepare = functools.partial(super()._prepare_dataset)
+        prepare = super()._prepare_dataset
         return prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), "data")
 
     # ---- Data ----
@@ -183,9 +190,13 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         """The micro-batches of this rank's next optimizer step, with the number of loss items in each."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         shifted = getattr(self, "_loss_shifts_labels", True)
-        self._items_ahead = [count_items(batch, shifted) for batch in batches]
+        dealt = self._own_samples_of_step(self.state.global_step)
+        fillers = [not samples for samples in dealt] or [False] * len(batches)
+        self._items_ahead = [
+            0 if filler else count_items(batch, shifted) for batch, filler in zip(batches, fillers, strict=True)
+        ]
         # Without its samples a micro-batch cannot be cut in two, and a copy of large gradients costs more than it saves.
-        self._samples_ahead = self._own_samples_of_step(self.state.global_step) if self._gradients_are_small else []
+        self._samples_ahead = dealt if self._gradients_are_small else []
         counted = sum(self._items_ahead) if num_items is None else num_items
         self._step_items = torch.as_tensor(counted, device=device, dtype=torch.float64)
         self._step_tokens = torch.tensor(
@@ -212,6 +223,8 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         loss = torch.zeros((), device=self.args.device)
         if items:  # nothing can be learnt from a filler, or where every label is masked
             loss = self._learn(model, inputs, num_items_in_batch, items, samples)
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.scale(loss)  # a scaler that has scaled nothing cannot take part in the step
         if self.accelerator.sync_gradients:
             self._forget_skipped_items()
         if self.gradient_sync.mode == "none":
@@ -270,6 +283,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         """The stock loop; without metrics of one's own the loss is the exact mean over all tokens of all ranks."""
         exact = isinstance(dataloader, PlannedDataLoader)
         self._eval_sums = [0.0, 0] if exact else None
+        self._eval_batches_left = dataloader.batch_sampler.num_real if exact else None
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if exact:
             losses, items = zip(*channel().gather("evaluation", self._eval_sums), strict=True)
@@ -280,8 +294,9 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         if self._eval_sums is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        self._eval_batches_left -= 1
         items = count_items(inputs, getattr(self, "_loss_shifts_labels", True))
-        if not items:
+        if not items or self._eval_batches_left < 0:
             return torch.zeros((), device=self.args.device), None, None
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         self._eval_sums[0] += loss.item() * items

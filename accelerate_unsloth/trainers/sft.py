@@ -19,7 +19,9 @@ class _PlainLossSFTTrainer(trl.SFTTrainer):
     metrics across ranks in every micro-step (trl 1.15.0, sft_trainer.py). Delete this when it does neither.
     """
 
-    def __init__(self, model, args=None, *rest, **kwargs):
+    def __init__(self, model, args=None, *rest, tokenizer=None, **kwargs):
+        if tokenizer is not None:  # its old name, which Unsloth's trainer also takes
+            kwargs.setdefault("processing_class", tokenizer)
         if isinstance(args, SFTConfig):
             if args.loss_type == "dft":
                 raise ValueError(
@@ -80,13 +82,26 @@ class SFTTrainer(DistributedTrainerMixin, _PlainLossSFTTrainer if choice.name ==
     ```
     """
 
-    def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ):
+        text_field = kwargs.get("dataset_text_field") or getattr(args, "dataset_text_field", None) or "text"
         for split, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
-            _check_columns(dataset, split, args, kwargs.get("formatting_func"))
-        super().__init__(model, args, data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+            _check_columns(dataset, split, text_field, kwargs.get("formatting_func"))
+        # By keyword: Unsloth reads old spellings, such as max_seq_length, only beside a keyword `args`.
+        given = {"args": args, "data_collator": data_collator, "processing_class": processing_class}
+        given = {name: value for name, value in given.items() if value is not None}
+        super().__init__(model=model, train_dataset=train_dataset, eval_dataset=eval_dataset, **given, **kwargs)
 
 
-def _check_columns(dataset, split: str, args, formatting_func) -> None:
+def _check_columns(dataset, split: str, text: str, formatting_func) -> None:
     """
     Make sure that TRL can find the text.
 
@@ -99,7 +114,6 @@ def _check_columns(dataset, split: str, args, formatting_func) -> None:
     if not isinstance(columns, list):
         return
     check_not_empty(dataset, split)
-    text = getattr(args, "dataset_text_field", None) or "text"
     known = ({text}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"}, {"image"}, {"images"})
     if formatting_func is None and not any(need <= set(columns) for need in known):
         raise ValueError(

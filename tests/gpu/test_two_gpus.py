@@ -81,7 +81,7 @@ def test_two_gpus_give_the_loss_curve_of_one(load_in_4bit, run):
 def test_each_process_holds_memory_on_its_own_gpu_only(run):
     folder = run("memory", 2)
     for rank in (0, 1):
-        assert list(result(folder, rank)["memory"]) == [str(rank)]
+        assert result(folder, rank)["processes_by_gpu"][:2] == [1, 1]  # on GPUs that nobody else uses
         assert result(folder, rank)["devices"] == [f"cuda:{rank}"]
 
 
@@ -96,12 +96,12 @@ def test_each_process_holds_memory_on_its_own_gpu_only(run):
 )
 def test_cases_that_break_under_plain_ddp_train(options, run):
     losses = result(run("case", 2, **options))["losses"]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) < sum(losses[:5])
 
 
 def test_a_mixture_of_experts_trains_though_experts_are_skipped(run, mixture_of_experts):
     losses = result(run("moe", 2, model=mixture_of_experts))["losses"]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) < sum(losses[:5])
 
 
 def test_the_whole_life(run, real_model):

@@ -17,15 +17,11 @@ import pynvml
 import torch
 
 
-def own_memory_by_gpu() -> dict[int, int]:
-    """Bytes that this very process holds on each GPU of the machine, from NVML."""
+def processes_by_gpu() -> list[int]:
+    """How many processes hold memory on each GPU, from NVML, whose process ids mean nothing inside a container."""
     pynvml.nvmlInit()
-    held = {}
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index)):
-            if process.pid == os.getpid():
-                held[index] = process.usedGpuMemory or 0
-    return held
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return [len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) for handle in handles]
 
 
 def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
@@ -57,7 +53,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "gradient_sync": trainer.gradient_sync.mode,
         "devices": sorted({str(p.device) for p in model.parameters()}),
-        "memory": own_memory_by_gpu(),
+        "processes_by_gpu": processes_by_gpu(),
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
     if options.get("lifecycle"):

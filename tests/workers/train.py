@@ -7,6 +7,7 @@ Options are JSON on the command line: `{"args": SFTConfig arguments, "lora": ...
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
 
@@ -50,7 +51,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         SFTConfig(str(out / "run"), **arguments | options.get("args", {})),
         train_dataset=rows,
         eval_dataset=evaluation,
-        processing_class=tokenizer,
+        tokenizer=tokenizer,  # the old spelling, which Unsloth scripts use
         plugin=UnslothPlugin(**options.get("plugin", {})),
     )
     sabotage(options.get("sabotage"))
@@ -98,7 +99,7 @@ def sabotage(how: str | None) -> None:
     from accelerate_unsloth import reduction
 
     if how == "no all-reduce":
-        reduction.dist = type("NoDist", (), {"all_reduce": lambda *_: None, "broadcast": lambda *_, **__: None})
+        reduction.dist = SimpleNamespace(**vars(reduction.dist) | {"all_reduce": lambda _: None})
     elif how == "mean of rank means":
         reduce = reduction.FlatReducer.reduce
         reduction.FlatReducer.reduce = lambda self, loss, items, tokens, **options: reduce(

@@ -66,7 +66,7 @@ def main(model_folder: str, data_file: str, out: str, accumulation: str) -> None
     report = {
         "losses": [entry["loss"] for entry in history],
         "num_tokens": [entry["num_tokens"] for entry in history],
-        "trainer": type(trainer).__mro__[2].__name__,
+        "trainer": trl.SFTTrainer.__name__,
         "get_batch_samples": transformers.Trainer.get_batch_samples.__name__,
         "mapped_rows": mapped,
     }
