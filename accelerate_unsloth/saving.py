@@ -5,6 +5,8 @@ PEFT's and Unsloth's saving methods are called by every rank of a plain script, 
 """
 
 import functools
+import os
+from pathlib import Path
 from types import MethodType
 
 from .distributed import channel, topology
@@ -57,6 +59,18 @@ def write_once(name, write):
         return channel().run_on_main(f"write/{name}", write)
     finally:
         _writing = False
+
+
+def follow_umask(folder) -> None:
+    """
+    Give the files of a folder the permissions that the user's umask allows.
+
+    safetensors writes files that only their owner can read (0.8.0, through a temporary file), whatever the umask.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in Path(folder).rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
 
 
 def guard(thing) -> None:

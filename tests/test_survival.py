@@ -140,6 +140,7 @@ def test_a_micro_batch_that_does_not_fit_is_cut_with_the_same_result(
     assert finished.status == 0, finished.output[-3000:]
     assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
     assert result(tmp_path, rank=processes - 1)["skipped_samples"] == []
+    assert finished.output.count("did not fit the memory and is cut in two") == 1
 
 
 def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model, uneven_data, tmp_path):

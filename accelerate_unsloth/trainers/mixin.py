@@ -307,7 +307,12 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Write the model on rank 0, while the others wait."""
-        save = functools.partial(super().save_model, output_dir, _internal_call=_internal_call)
+        save_model, folder = super().save_model, output_dir or self.args.output_dir
+
+        def save():
+            save_model(output_dir, _internal_call=_internal_call)
+            saving.follow_umask(folder)
+
         saving.write_once("model", save)
 
     def push_to_hub(self, *args, **kwargs):

@@ -8,19 +8,16 @@ micro-batch is a sum divided by the token count of the whole step, so two halves
 import sys
 
 import torch
-from transformers.utils import logging
 
 from ..data.loader import count_items
 from ..distributed import topology
-
-logger = logging.get_logger(__name__)
 
 
 class OutOfMemoryMixin:
     """Surviving a micro-batch that is too large, for [`DistributedTrainerMixin`]."""
 
     def __init__(self, *args, **kwargs):
-        self._skipped_items = 0
+        self._skipped_items, self._cut_before = 0, False
         self.skipped_samples: list[int] = []
         super().__init__(*args, **kwargs)
 
@@ -53,7 +50,9 @@ class OutOfMemoryMixin:
         if len(samples) == 1:
             return self._skip(samples[0], items)
         half = len(samples) // 2
-        logger.warning_once("A micro-batch did not fit the memory; it is cut in two, with the same result.")
+        if not self._cut_before:  # on whichever rank it is, so not through a logger, which other ranks mute
+            self._cut_before = True
+            print(f"[rank {topology().rank}] a micro-batch did not fit the memory and is cut in two.", file=sys.stderr)
         return sum(
             self._learn(model, batch, num_items_in_batch, self._count(batch), part)
             for part, batch in ((part, self._collate(part)) for part in (samples[:half], samples[half:]))

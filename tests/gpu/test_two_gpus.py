@@ -32,6 +32,7 @@ def run(real_model, tmp_path, uneven_gpu_data):
             config="unsloth_ddp",
         )
         assert finished.status == 0, finished.output[-6000:]
+        (folder / "output.txt").write_text(finished.output)
         return folder
 
     return start
@@ -97,6 +98,14 @@ def test_each_process_holds_memory_on_its_own_gpu_only(run):
 def test_cases_that_break_under_plain_ddp_train(options, run):
     losses = result(run("case", 2, **options))["losses"]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_a_rank_short_of_memory_cuts_its_micro_batches_with_the_same_losses(run):
+    args = {"per_device_train_batch_size": 8, "max_steps": 8}
+    free = run("free", 2, args=args)
+    pressed = run("pressed", 2, args=args, fill_memory_of_rank=1)
+    assert "cut in two" in (pressed / "output.txt").read_text()
+    assert result(pressed)["losses"] == pytest.approx(result(free)["losses"], rel=BF16_ROUNDING)
 
 
 def test_a_mixture_of_experts_trains_though_experts_are_skipped(run, mixture_of_experts):

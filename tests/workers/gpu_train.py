@@ -15,6 +15,7 @@ from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer
 import datasets
 import pynvml
 import torch
+from transformers import TrainerCallback
 
 
 def processes_by_gpu() -> list[int]:
@@ -22,6 +23,17 @@ def processes_by_gpu() -> list[int]:
     pynvml.nvmlInit()
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     return [len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) for handle in handles]
+
+
+class FillMemory(TrainerCallback):
+    """From the third step on, leave this rank a little more memory than half of what its step has needed."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            need = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            self.filling = torch.empty(max(free - int(0.6 * need), 0), dtype=torch.uint8, device="cuda")
 
 
 def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
@@ -48,6 +60,8 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         eval_dataset=rows.select(range(15)),
         processing_class=tokenizer,
     )
+    if options.get("fill_memory_of_rank") == rank:
+        trainer.add_callback(FillMemory())
     trainer.train(resume_from_checkpoint=options.get("resume"))
     report = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
