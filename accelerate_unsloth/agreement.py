@@ -10,7 +10,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from .distributed import channel, topology
+from .channel import channel
+from .topology import topology
 
 _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth")
 

@@ -7,11 +7,14 @@ that follows from another rank's (a broken connection, say) is not printed. Each
 status, upon which the launcher ends whoever is left.
 """
 
+import os
 import sys
+import threading
 import traceback
 
-from .distributed import PeerFailure, channel, end_process_soon, topology
+from .channel import PeerFailure, channel
 from .ledger import ledger
+from .topology import topology
 
 _WAIT_FOR_MAIN_S = 6.0
 
@@ -33,7 +36,7 @@ def _make_hook(show):
             if shown_here:
                 show(kind, error, trace)
             sys.stderr.flush()
-            end_process_soon()
+            _end_process_soon()
         return None
 
     return report_once
@@ -47,3 +50,10 @@ def _is_ours_to_show(error: BaseException) -> bool:
     if rank == 0:
         return first_report == report
     return first_rank == rank and channel().wait_for_failure_of_main(_WAIT_FOR_MAIN_S) != report
+
+
+def _end_process_soon(grace_s: float = 5.0) -> None:
+    """Bound the time that exit handlers and communicator threads may take once this process has failed."""
+    timer = threading.Timer(grace_s, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from . import configs
-from .distributed import topology
+from .topology import topology
 
 
 def command(num_processes: int, config: str = "unsloth_ddp") -> str:

@@ -11,7 +11,7 @@ import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
 
-from .distributed import topology
+from .topology import topology
 
 _muted = False
 

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from types import MethodType
 
-from .distributed import channel, topology
+from .channel import channel
+from .topology import topology
 
 # Methods of models and tokenizers that write files or push to the hub.
 _WRITERS = (

@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from .distributed import channel
+from .channel import channel
 
 # torchelastic gives its processes 30 s between SIGTERM and SIGKILL.
 GRACE_S = 20.0

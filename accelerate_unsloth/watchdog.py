@@ -13,7 +13,8 @@ import time
 import traceback
 from pathlib import Path
 
-from .distributed import PeerFailure, channel, topology
+from .channel import PeerFailure, channel
+from .topology import topology
 
 _ANSWER_S = 10.0
 _HEAD_START_S = 2.0

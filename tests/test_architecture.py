@@ -12,7 +12,19 @@ from .launching import ROOT, clean_environment
 PACKAGE = ROOT / "accelerate_unsloth"
 
 # Each room may import from the rooms above it.
-ROOMS = ["_version", "ledger", "configs", "plugin", "distributed", "failures", "quiet", "launch_hint", "saving"]
+ROOMS = [
+    "_version",
+    "ledger",
+    "configs",
+    "plugin",
+    "topology",
+    "channel",
+    "distributed",
+    "failures",
+    "quiet",
+    "launch_hint",
+    "saving",
+]
 ROOMS += [
     "checkpoints",
     "stopping",

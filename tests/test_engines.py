@@ -8,6 +8,7 @@ import torch
 from accelerate_unsloth import distributed
 from accelerate_unsloth.engines import check_model_name, resolve
 from accelerate_unsloth.engines.placement import check_device_map, check_placement
+from accelerate_unsloth.topology import Topology
 
 
 @pytest.mark.parametrize(
@@ -53,11 +54,11 @@ def test_a_model_on_another_ranks_gpu_is_noticed():
 @pytest.mark.parametrize(
     ("place", "visible", "elastic", "device"),
     [
-        (distributed.Topology(1, 2, 1, 2), 2, True, 1),
-        (distributed.Topology(5, 8, 1, 4, 1), 4, True, 1),
-        (distributed.Topology(1, 2, 1, 2), 1, False, 0),  # a scheduler that shows each task one GPU
-        (distributed.Topology(0, 1, 0, 1), 4, True, None),
-        (distributed.Topology(1, 2, 1, 2), 0, True, None),
+        (Topology(1, 2, 1, 2), 2, True, 1),
+        (Topology(5, 8, 1, 4, 1), 4, True, 1),
+        (Topology(1, 2, 1, 2), 1, False, 0),  # a scheduler that shows each task one GPU
+        (Topology(0, 1, 0, 1), 4, True, None),
+        (Topology(1, 2, 1, 2), 0, True, None),
     ],
 )
 def test_each_rank_takes_its_own_gpu(place, visible, elastic, device, monkeypatch):
@@ -72,7 +73,7 @@ def test_each_rank_takes_its_own_gpu(place, visible, elastic, device, monkeypatc
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "topology", lambda: distributed.Topology(0, 4, 0, 4))
+    monkeypatch.setattr(distributed, "topology", lambda: Topology(0, 4, 0, 4))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RuntimeError, match=r"4 processes were started on .*, but 2 GPU"):
         distributed.bind_device()
@@ -127,7 +128,7 @@ def test_a_copy_of_a_guarded_model_saves_itself(adapted, tmp_path, monkeypatch):
 
     from accelerate_unsloth import saving
 
-    monkeypatch.setattr(saving, "topology", lambda: distributed.Topology(0, 2, 0, 2))
+    monkeypatch.setattr(saving, "topology", lambda: Topology(0, 2, 0, 2))
     model, _ = adapted
     saving.guard(model)
     copied = copy.deepcopy(model)
@@ -145,7 +146,7 @@ def test_only_rank_0_saves_by_position_and_by_keyword(adapted, tmp_path, monkeyp
     model, tokenizer = adapted
     written = []
     for rank in (0, 1):
-        monkeypatch.setattr(saving, "topology", lambda rank=rank: distributed.Topology(rank, 2, rank, 2))
+        monkeypatch.setattr(saving, "topology", lambda rank=rank: Topology(rank, 2, rank, 2))
         # Rank 0's side of the channel runs what it is given; the others' side does not.
         run = (lambda name, write: write()) if rank == 0 else (lambda name, write: None)
         monkeypatch.setattr(saving, "channel", lambda run=run: type("Channel", (), {"run_on_main": staticmethod(run)}))

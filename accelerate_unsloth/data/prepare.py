@@ -17,8 +17,9 @@ import datasets
 import pyarrow.compute as pc
 from accelerate import PartialState
 
-from ..distributed import channel, topology
+from ..channel import channel
 from ..ledger import Ledger
+from ..topology import topology
 from .loader import IGNORED
 
 _PROBE_ROWS = 8

@@ -5,9 +5,9 @@ import functools
 import torch
 
 from .. import saving
-from ..distributed import topology
 from ..ledger import ledger
 from ..quiet import muted_prints
+from ..topology import topology
 from . import check_model_name, placement
 
 

@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .. import checkpoints, saving
-from ..distributed import PeerFailure, channel
+from ..channel import PeerFailure, channel
 from ..ledger import Ledger
 
 logger = logging.get_logger(__name__)

@@ -10,9 +10,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..distributed import channel, topology
+from ..channel import channel
 from ..quiet import muted_prints
 from ..stopping import StopRequest
+from ..topology import topology
 from ..watchdog import Watchdog
 
 logger = logging.get_logger(__name__)

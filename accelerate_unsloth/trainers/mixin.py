@@ -17,14 +17,15 @@ from accelerate.utils import DistributedType
 from torch.utils.data import IterableDataset
 
 from .. import agreement, report, saving
+from ..channel import channel
 from ..data.loader import PlannedDataLoader, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
-from ..distributed import channel, topology
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
 from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
+from ..topology import topology
 from .checkpointing import CheckpointMixin
 from .guards import GuardMixin
 from .out_of_memory import OutOfMemoryMixin

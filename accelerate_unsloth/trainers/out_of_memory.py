@@ -10,7 +10,7 @@ import sys
 import torch
 
 from ..data.loader import count_items
-from ..distributed import topology
+from ..topology import topology
 
 
 class OutOfMemoryMixin:

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import HashStore
 
-from accelerate_unsloth.distributed import Channel, PeerFailure, Topology
+from accelerate_unsloth.channel import Channel, PeerFailure
+from accelerate_unsloth.topology import Topology
 
 
 def on_ranks(world_size, body, nodes=1):
