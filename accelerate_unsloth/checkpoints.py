@@ -92,26 +92,33 @@ def newest_complete(run_folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def rotate(run_folder: Path, limit: int | None, keep: str | None = None) -> None:
+def rotate(run_folder: Path, limit: int | None, keep: set[Path]) -> None:
     """
-    Delete the oldest checkpoints beyond `limit`, but never the newest complete one, nor `keep`.
+    Delete the checkpoints that were published first, beyond `limit`.
 
     Args:
         run_folder (`Path`): The trainer's `output_dir`.
         limit (`int`, *optional*): The trainer's `save_total_limit`.
-        keep (`str`, *optional*): The best checkpoint.
+        keep (`set[Path]`): Checkpoints that stay: the one just published, which is complete, and the best.
     """
+    for left in run_folder.glob(".deleted-checkpoint-*"):  # of a process that died while it deleted
+        shutil.rmtree(left)
     if not limit or limit <= 0:
         return
-    newest, _ = newest_complete(run_folder)
-    protected = {newest, None if keep is None else Path(keep)}
-    oldest_first = sorted(_checkpoints(run_folder), key=_step)
-    candidates = [checkpoint for checkpoint in oldest_first if checkpoint not in protected]
+    kept = {path.resolve() for path in keep}
+    oldest_first = sorted(_checkpoints(run_folder), key=_published_at)
+    candidates = [checkpoint for checkpoint in oldest_first if checkpoint.resolve() not in kept]
     for checkpoint in candidates[: max(0, len(oldest_first) - limit)]:
         # Out of sight first: a process that dies while deleting leaves no half of a checkpoint.
         doomed = run_folder / f".deleted-{checkpoint.name}"
         checkpoint.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _published_at(checkpoint: Path) -> tuple[float, int]:
+    """When it was published; a folder may hold higher steps of an earlier run."""
+    manifest = checkpoint / MANIFEST
+    return (manifest if manifest.exists() else checkpoint).stat().st_mtime, _step(checkpoint)
 
 
 def _checkpoints(run_folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ PEFT's and Unsloth's saving methods are called by every rank of a plain script, 
 
 import functools
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import MethodType
 
@@ -70,8 +71,9 @@ def follow_umask(folder) -> None:
     """
     umask = os.umask(0)
     os.umask(umask)
-    for file in Path(folder).rglob("*.safetensors"):
-        file.chmod(0o666 & ~umask)
+    for file in Path(folder).glob("*.safetensors"):
+        with suppress(PermissionError):  # somebody else's, in a folder that is shared
+            file.chmod(0o666 & ~umask)
 
 
 def guard(thing) -> None:

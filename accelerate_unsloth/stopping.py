@@ -8,6 +8,7 @@ process if the others have failed, if it takes too long, or when the user insist
 
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -17,6 +18,27 @@ from .channel import channel
 # torchelastic gives its processes 30 s between SIGTERM and SIGKILL.
 GRACE_S = 20.0
 _REPEAT_S = 1.0
+
+
+def _forget_in_child() -> None:
+    """A forked child, such as a pool's or a data loader's worker, must die of a signal instead of stopping its parent."""
+    if StopRequest.listeners:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _hold_signals(False)
+
+
+def _hold_signals(hold: bool = True) -> None:
+    """Keep signals back while a process forks: one that comes in between would reach the parent's listener."""
+    if StopRequest.listeners:
+        how = signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, (signal.SIGTERM, signal.SIGINT))
+
+
+os.register_at_fork(
+    before=_hold_signals, after_in_parent=lambda: _hold_signals(False), after_in_child=_forget_in_child
+)
 
 
 class StopRequest:
@@ -33,6 +55,8 @@ class StopRequest:
     True
     ```
     """
+
+    listeners = 0
 
     def __init__(self):
         self.signal: int | None = None
@@ -55,9 +79,11 @@ class StopRequest:
         earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
         watcher.start()
+        StopRequest.listeners += 1
         try:
             yield
         finally:
+            StopRequest.listeners -= 1
             signal.set_wakeup_fd(earlier)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -79,14 +105,17 @@ class StopRequest:
         self._first_at = 0.0
 
     def _insist(self) -> None:
-        """End the process if it does not come to stop by itself."""
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and self._first_at:
+        """End the process if the others have failed, or torchelastic is about to kill it."""
+        elastic = self.signal == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+        deadline = time.monotonic() + (GRACE_S if elastic else float("inf"))
+        while self._first_at:
             if self._others_failed():
-                break
+                os._exit(self.status)
+            if time.monotonic() > deadline:
+                print(f"accelerate_unsloth: no end of step within {GRACE_S:g} s of SIGTERM; ending.", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(self.status)
             time.sleep(0.2)
-        if self._first_at:
-            os._exit(self.status)
 
     def _others_failed(self) -> bool:
         try:

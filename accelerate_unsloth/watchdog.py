@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from .channel import PeerFailure, channel
@@ -56,11 +57,12 @@ class Watchdog:
     def _bark(self) -> None:
         rank = topology().rank
         where = _main_thread_position()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"stuck-rank{rank}.txt").open("w") as file:
-            file.write(f"rank {rank}, step {self.step}, no progress for {self.timeout_s:g} s\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):  # a full disk may be why the run stands still
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"stuck-rank{rank}.txt").open("w") as file:
+                file.write(f"rank {rank}, step {self.step}, no progress for {self.timeout_s:g} s\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
         self._tell(rank, where)
         if rank != 0:
             time.sleep(_HEAD_START_S)  # the first process to end makes the launcher end the others

@@ -1,5 +1,7 @@
 """Checkpoints on disk: what is complete, what is damaged, and what may be deleted."""
 
+from pathlib import Path
+
 import pytest
 
 from accelerate_unsloth import checkpoints
@@ -77,23 +79,32 @@ def names(run_folder):
 
 
 def test_rotation_deletes_the_oldest_and_leaves_nothing_behind(run_folder):
-    checkpoints.rotate(run_folder, 2)
+    checkpoints.rotate(run_folder, 2, {run_folder / "checkpoint-10"})
     assert names(run_folder) == ["checkpoint-10", "checkpoint-4"]
 
 
-def test_rotation_never_deletes_the_newest_complete_one(run_folder):
-    flip(run_folder / "checkpoint-10")
-    checkpoints.rotate(run_folder, 1)
-    assert "checkpoint-4" in names(run_folder)
+def test_rotation_keeps_the_one_just_published_though_an_earlier_run_left_a_higher_step(run_folder):
+    written = run_folder / checkpoints.STAGING / "checkpoint-6"
+    written.mkdir(parents=True, exist_ok=True)
+    checkpoints.publish(written, run_folder / "checkpoint-6")
+    checkpoints.rotate(run_folder, 1, {run_folder / "checkpoint-6"})
+    assert names(run_folder) == ["checkpoint-6"]
 
 
-def test_rotation_keeps_the_best(run_folder):
-    checkpoints.rotate(run_folder, 1, keep=str(run_folder / "checkpoint-2"))
+def test_rotation_keeps_the_best_however_its_path_is_written(run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    checkpoints.rotate(run_folder, 1, {run_folder / "checkpoint-10", Path("checkpoint-2")})
     assert names(run_folder) == ["checkpoint-10", "checkpoint-2"]
 
 
+def test_what_a_dying_process_left_half_deleted_is_cleared(run_folder):
+    (run_folder / ".deleted-checkpoint-2" / "inner").mkdir(parents=True)
+    checkpoints.rotate(run_folder, 2, {run_folder / "checkpoint-10"})
+    assert names(run_folder) == ["checkpoint-10", "checkpoint-4"]
+
+
 def test_without_a_limit_nothing_is_deleted(run_folder):
-    checkpoints.rotate(run_folder, None)
+    checkpoints.rotate(run_folder, None, set())
     assert len(names(run_folder)) == 3
 
 

@@ -15,6 +15,7 @@ from . import environment, resolve
 
 failures.install()
 distributed.renew_rendezvous()
+distributed.close_process_group_at_exit()
 _plugin = UnslothPlugin()
 _use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 

@@ -39,14 +39,27 @@ class CheckpointMixin:
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_checkpoint(self) -> str | None:
-        """Rank 0 looks, so that all ranks go on from the same one."""
+        """
+        Rank 0 looks, so that all ranks go on from the same one.
+
+        Raises:
+            FileNotFoundError: if a rank does not see it, because machines share no disk.
+        """
         found = None
         if self.is_world_process_zero():
             checkpoint, passed_over = checkpoints.newest_complete(Path(self.args.output_dir))
             for line in passed_over:
                 logger.warning(line)
             found = None if checkpoint is None else str(checkpoint)
-        return channel().gather("resume", found)[0]
+        found = channel().gather("resume", found)[0]
+        seen = channel().gather("resume seen", found is None or Path(found).is_dir())
+        if not all(seen):
+            blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+            raise FileNotFoundError(
+                f"Rank 0 would resume from {found}, which rank(s) {blind} cannot see. Several machines need an output_dir "
+                "that all of them share to resume; put it on a shared disk, or copy the checkpoint to each machine."
+            )
+        return found
 
     def _load_from_checkpoint(self, *args, **kwargs):
         with self._adapters_loaded_here():
@@ -74,10 +87,12 @@ class CheckpointMixin:
         self._staging = run_folder / checkpoints.STAGING
         try:
             # Leftovers of a run that was killed; every rank writes its random states, so all wait for the clearing.
-            saving.write_once("clear", functools.partial(shutil.rmtree, self._staging, ignore_errors=True))
+            channel().run_on_local_main("clear", functools.partial(shutil.rmtree, self._staging, ignore_errors=True))
             super()._save_checkpoint(model, trial)
             channel().gather("checkpoint", True)
             saving.write_once("publish", functools.partial(self._publish, run_folder, name))
+            # Only the rank that publishes knows the name under which the best checkpoint lies now.
+            self.state.best_model_checkpoint = channel().gather("best", self.state.best_model_checkpoint)[0]
         except PeerFailure:
             raise
         except Exception as error:  # OSError, or what safetensors and torch.save make of it
@@ -88,7 +103,8 @@ class CheckpointMixin:
         finally:
             self._staging = None
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(run_folder / name))
+            push = functools.partial(super()._push_from_checkpoint, str(run_folder / name))
+            saving.write_once("push", push)
 
     def _publish(self, run_folder: Path, name: str) -> None:
         written = self._staging / name
@@ -97,7 +113,8 @@ class CheckpointMixin:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         checkpoints.publish(written, run_folder / name)
         shutil.rmtree(self._staging, ignore_errors=True)
-        checkpoints.rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        keep = {run_folder / name, Path(self.state.best_model_checkpoint or run_folder / name)}
+        checkpoints.rotate(run_folder, self.args.save_total_limit, keep)
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

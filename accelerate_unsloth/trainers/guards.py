@@ -50,7 +50,9 @@ class GuardMixin:
     def _watched(self):
         """A watchdog around the training loop, unless it is switched off or a debugger may hold the process."""
         if self.plugin.watchdog_timeout_s and sys.gettrace() is None:
-            self._watchdog = Watchdog(self.plugin.watchdog_timeout_s, Path(self.args.output_dir))
+            # Before the process group gives up by itself, which would end the waiting ranks without their stacks.
+            timeout_s = min(self.plugin.watchdog_timeout_s, 0.8 * self.args.ddp_timeout)
+            self._watchdog = Watchdog(timeout_s, Path(self.args.output_dir))
             self._watchdog.start()
         try:
             yield
@@ -67,8 +69,8 @@ class GuardMixin:
 
     def _handle_nonfinite(self, ranks: list[int]) -> None:
         step = self.state.global_step
-        samples = self._samples_of_step(step)
-        where = "; ".join(f"rank {rank}{f' (samples {samples[rank]})' if samples else ''}" for rank in ranks)
+        samples = {rank: [index for row in self._dealt_rows for index in row[rank]] for rank in ranks}
+        where = "; ".join(f"rank {rank}{f' (samples {samples[rank]})' if samples[rank] else ''}" for rank in ranks)
         message = f"The loss or a gradient of step {step + 1} is not finite on {where}."
         if self.plugin.on_nonfinite == "stop":
             raise FloatingPointError(
@@ -80,19 +82,22 @@ class GuardMixin:
             for parameter in self.model.parameters():
                 parameter.grad = None
 
-    def _samples_of_step(self, step: int) -> list[list[int]]:
-        """Indices into the prepared training data of each rank's samples, where we deal them."""
-        rows = self._dealt(step)
-        ranks = range(topology().world_size) if rows else ()
-        return [[index for row in rows for index in row[rank]] for rank in ranks]
+    def _deal_next_step(self) -> list[list[list[int]]]:
+        """
+        The samples of the optimizer step that begins, `[micro_step][rank]`; empty where we do not deal them.
 
-    def _own_samples_of_step(self, step: int) -> list[list[int]]:
-        """Indices into the prepared training data of this rank's micro-batches, where we deal them."""
-        return [row[topology().rank] for row in self._dealt(step)]
-
-    def _dealt(self, step: int) -> list[list[list[int]]]:
+        Counted within the epoch, because the global step does not tell: a resumed run may ignore the data it has seen,
+        and an epoch may be cut short.
+        """
         sampler = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
-        return sampler.dealt(step % sampler.num_steps) if hasattr(sampler, "dealt") else []
+        if not hasattr(sampler, "dealt"):
+            return []
+        if sampler.epoch != self._epoch_seen:
+            resumed = self._epoch_seen is None and not self.args.ignore_data_skip
+            self._steps_into_epoch = self.state.global_step % sampler.num_steps if resumed else 0
+            self._epoch_seen = sampler.epoch
+        self._steps_into_epoch += 1
+        return sampler.dealt(self._steps_into_epoch - 1)
 
     def _own_numbers_are_finite(self, loss: torch.Tensor) -> bool:
         """Where no reduction of ours looks at them: this process's loss, and its gradients unless a GradScaler does."""
@@ -140,6 +145,11 @@ class _GuardCallback(TrainerCallback):
         if self._trainer._stop_agreed:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._trainer._stop_agreed:  # the checkpoint is written already, and time is short
+            control.should_save = control.should_evaluate = False
         return control
 
 

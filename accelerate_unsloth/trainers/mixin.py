@@ -181,7 +181,10 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         if self.gradient_sync.mode == "after_backward":
             self._reducer = FlatReducer(self.model.parameters())
             self._reducer.broadcast_parameters()
+        self._epoch_seen = None
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+        if self.gradient_sync.mode == "overlapped" and not self.is_world_process_zero():
+            logged = []  # what each rank counts is summed when it is logged
         self._num_tokens = torch.tensor(
             float(logged[-1] if logged else 0), device=self.args.device, dtype=torch.float64
         )
@@ -191,7 +194,8 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         """The micro-batches of this rank's next optimizer step, with the number of loss items in each."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         shifted = getattr(self, "_loss_shifts_labels", True)
-        dealt = self._own_samples_of_step(self.state.global_step)
+        self._dealt_rows = self._deal_next_step()
+        dealt = [row[topology().rank] for row in self._dealt_rows]
         fillers = [not samples for samples in dealt] or [False] * len(batches)
         self._items_ahead = [
             0 if filler else count_items(batch, shifted) for batch, filler in zip(batches, fillers, strict=True)
@@ -220,19 +224,22 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         samples = self._samples_ahead.pop(0) if self._samples_ahead else []
         if self.gradient_sync.mode == "overlapped":
             loss = super().training_step(model, inputs, num_items_in_batch)
-            return self._end_micro_step_without_reducer(loss)
+            self._step_loss += loss
+            if self.accelerator.sync_gradients:
+                self._end_step_without_reducer()
+            return loss
         loss = torch.zeros((), device=self.args.device)
         if items:  # nothing can be learnt from a filler, or where every label is masked
             loss = self._learn(model, inputs, num_items_in_batch, items, samples)
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.scale(loss)  # a scaler that has scaled nothing cannot take part in the step
-        if self.accelerator.sync_gradients:
-            self._forget_skipped_items()
-        if self.gradient_sync.mode == "none":
-            return self._end_micro_step_without_reducer(loss)
-        self._step_loss += loss
+        returned, self._step_loss = self._step_loss, self._step_loss + loss
         if not self.accelerator.sync_gradients:
-            return torch.zeros_like(loss)
+            return loss if self.gradient_sync.mode == "none" else torch.zeros_like(loss)
+        self._forget_skipped_items()
+        if self.gradient_sync.mode == "none":
+            self._end_step_without_reducer()
+            return (self._step_loss - returned).to(loss.dtype)
         totals = self._reducer.reduce(
             self._step_loss,
             self._step_items,
@@ -244,21 +251,19 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         self._note_end_of_step(totals.stop_votes, totals.nonfinite_ranks)
         return totals.loss.to(loss.dtype)
 
-    def _end_micro_step_without_reducer(self, loss: torch.Tensor) -> torch.Tensor:
+    def _end_step_without_reducer(self) -> None:
         """One process, or DDP: there is no reduction of ours that could carry votes and bad numbers."""
-        self._step_loss += loss
-        if not self.accelerator.sync_gradients:
-            return loss
         self._num_tokens += self._step_tokens
-        votes = torch.tensor(float(self._stop.signal is not None), device=self.args.device)
-        votes = self.accelerator.reduce(votes) if self.gradient_sync.mode == "overlapped" else votes
         finite = self._own_numbers_are_finite(self._step_loss)
+        notes = torch.tensor([float(self._stop.signal is not None), float(not finite)], device=self.args.device)
+        notes = self.accelerator.reduce(notes) if self.gradient_sync.mode == "overlapped" else notes
+        votes, bad = notes.tolist()
         ranks = []
-        if not finite:  # DDP has spread bad gradients to all ranks, so that all of them come here
-            losses = channel().gather("nonfinite", math.isfinite(self._step_loss))
-            ranks = [rank for rank, is_finite in enumerate(losses) if not is_finite] or list(range(len(losses)))
+        if bad:
+            finite_losses = channel().gather("nonfinite", math.isfinite(self._step_loss))
+            ranks = [rank for rank, is_finite in enumerate(finite_losses) if not is_finite]
+            ranks = ranks or list(range(len(finite_losses)))  # DDP has spread bad gradients to all of them
         self._note_end_of_step(int(votes), ranks)
-        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(

@@ -5,6 +5,7 @@ That is possible because ranks do not meet inside a forward or backward: the oth
 micro-batch is a sum divided by the token count of the whole step, so two halves give the same gradient as the whole.
 """
 
+import gc
 import sys
 
 import torch
@@ -46,6 +47,7 @@ class OutOfMemoryMixin:
         for parameter, gradient in kept:
             parameter.grad = gradient
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
         if len(samples) == 1:
             return self._skip(samples[0], items)
