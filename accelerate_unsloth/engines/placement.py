@@ -3,7 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 AUTOMATIC = (None, "sequential")
+
+
+def this_device() -> str:
+    """This rank's device, such as `"cuda:1"`, or `"cpu"`."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def check_device_map(device_map: Any, world_size: int, own_device: str) -> None:

@@ -27,10 +27,6 @@ _UNSLOTH_ONLY = {
 }  # fmt: skip
 
 
-def _own_device() -> str:
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-
-
 class FastLanguageModel:
     """
     `unsloth.FastLanguageModel` with the same keyword names, on transformers and PEFT.
@@ -89,7 +85,7 @@ class FastLanguageModel:
                 f"(transformers and PEFT). Set {bits}=False here, or run on a machine with a GPU."
             )
         check_model_name(model_name)
-        placement.check_device_map(device_map, topology().world_size, _own_device())
+        placement.check_device_map(device_map, topology().world_size, placement.this_device())
         set_seed(random_state)
         source = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
         options = {name: value for name, value in kwargs.items() if name not in _UNSLOTH_ONLY}
@@ -105,7 +101,7 @@ class FastLanguageModel:
         model.save_pretrained_merged = MethodType(_save_pretrained_merged, model)
         saving.guard(model)
         saving.guard(tokenizer)
-        return model.to(_own_device()), tokenizer
+        return model.to(placement.this_device()), tokenizer
 
     @staticmethod
     def get_peft_model(

@@ -50,10 +50,6 @@ def _keep_caches_on_own_gpu() -> None:
                     ledger.patch(kind, "_set_cos_sin_cache", own)
 
 
-def _own_device() -> str:
-    return f"cuda:{torch.cuda.current_device()}"
-
-
 def _for_several_processes(base):
     """
     A loader of Unsloth whose models sit on this rank's GPU and are saved by one process.
@@ -68,11 +64,11 @@ def _for_several_processes(base):
         def from_pretrained(*args, **kwargs):
             for name in (*args[:1], *(value for key, value in kwargs.items() if key == "model_name")):
                 check_model_name(name)
-            placement.check_device_map(kwargs.get("device_map"), topology().world_size, _own_device())
+            placement.check_device_map(kwargs.get("device_map"), topology().world_size, placement.this_device())
             with muted_prints():
                 model, tokenizer = base.from_pretrained(*args, **kwargs)
             if topology().world_size > 1:
-                placement.check_placement((p.device for p in model.parameters()), _own_device())
+                placement.check_placement((p.device for p in model.parameters()), placement.this_device())
             saving.guard(model)
             saving.guard(tokenizer)
             return model, tokenizer

@@ -193,12 +193,11 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of this rank's next optimizer step, with the number of loss items in each."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        shifted = getattr(self, "_loss_shifts_labels", True)
         self._dealt_rows = self._deal_next_step()
         dealt = [row[topology().rank] for row in self._dealt_rows]
         fillers = [not samples for samples in dealt] or [False] * len(batches)
         self._items_ahead = [
-            0 if filler else count_items(batch, shifted) for batch, filler in zip(batches, fillers, strict=True)
+            0 if filler else self._count_items(batch) for batch, filler in zip(batches, fillers, strict=True)
         ]
         # Without its samples a micro-batch cannot be cut in two, and a copy of large gradients costs more than it saves.
         self._samples_ahead = dealt if self._gradients_are_small else []
@@ -211,6 +210,10 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         )
         self._step_loss = torch.zeros((), device=device, dtype=torch.float64)
         return batches, num_items
+
+    def _count_items(self, batch) -> int:
+        """Positions of a collated batch whose loss counts, as this model's loss sees them."""
+        return count_items(batch, getattr(self, "_loss_shifts_labels", True))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """
@@ -301,7 +304,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         if self._eval_sums is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         self._eval_batches_left -= 1
-        items = count_items(inputs, getattr(self, "_loss_shifts_labels", True))
+        items = self._count_items(inputs)
         if not items or self._eval_batches_left < 0:
             return torch.zeros((), device=self.args.device), None, None
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)

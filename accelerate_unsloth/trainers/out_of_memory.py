@@ -10,7 +10,6 @@ import sys
 
 import torch
 
-from ..data.loader import count_items
 from ..topology import topology
 
 
@@ -56,7 +55,7 @@ class OutOfMemoryMixin:
             self._cut_before = True
             print(f"[rank {topology().rank}] a micro-batch did not fit the memory and is cut in two.", file=sys.stderr)
         return sum(
-            self._learn(model, batch, num_items_in_batch, self._count(batch), part)
+            self._learn(model, batch, num_items_in_batch, self._count_items(batch), part)
             for part, batch in ((part, self._collate(part)) for part in (samples[:half], samples[half:]))
         )
 
@@ -101,9 +100,6 @@ class OutOfMemoryMixin:
     def _collate(self, samples: list[int]):
         loader = self.callback_handler.train_dataloader
         return loader.collate_fn([loader.dataset[index] for index in samples])
-
-    def _count(self, batch) -> int:
-        return count_items(batch, getattr(self, "_loss_shifts_labels", True))
 
     def _length(self, sample: int) -> int:
         return len(self.train_dataset[sample].get("input_ids", ()))

@@ -8,6 +8,7 @@ import transformers
 import trl
 from trl import SFTConfig
 
+from ..data.prepare import check_not_empty
 from .mixin import DistributedTrainerMixin
 
 
@@ -108,8 +109,6 @@ def _check_columns(dataset, split: str, text: str, formatting_func) -> None:
     Raises:
         ValueError: if no column holds it, or there are no rows.
     """
-    from ..data.prepare import check_not_empty
-
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list):
         return
