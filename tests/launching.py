@@ -79,7 +79,7 @@ def clean_environment(extra=None) -> dict[str, str]:
         if not name.startswith(("ACCELERATE_", "UNSLOTH_")) and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
     environment |= {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

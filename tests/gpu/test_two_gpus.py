@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from ..launching import WORKERS, launch, result
 
@@ -48,7 +49,6 @@ def uneven_gpu_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mixture_of_experts(real_model, tmp_path_factory):
     """A small Qwen3-MoE with random weights and the real model's tokenizer."""
-    import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("moe")
@@ -69,6 +69,52 @@ def mixture_of_experts(real_model, tmp_path_factory):
     )
     transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def vision_language_model(real_model, tmp_path_factory):
+    """A small Qwen2.5-VL with random weights, its vision tower included, and the real model's tokenizer."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("vision")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real_model)
+    vision_words = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": vision_words})
+    start, end, image, video = tokenizer.convert_tokens_to_ids(vision_words)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "out_hidden_size": 256,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    transformers.Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -110,6 +156,12 @@ def test_a_rank_short_of_memory_cuts_its_micro_batches_with_the_same_losses(run)
 
 def test_a_mixture_of_experts_trains_though_experts_are_skipped(run, mixture_of_experts):
     losses = result(run("moe", 2, model=mixture_of_experts))["losses"]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_text_alone_trains_a_model_with_a_vision_tower(run, vision_language_model):
+    options = {"model": vision_language_model, "loader": "FastModel", "lora": {"finetune_vision_layers": True}}
+    losses = result(run("vision", 2, **options))["losses"]
     assert sum(losses[-5:]) < sum(losses[:5])
 
 

@@ -1,7 +1,7 @@
 """
 Fine-tune with Unsloth on this launch's GPUs and write down losses, memory and placement.
 
-    gpu_train.py MODEL DATA OUT '{"load": ..., "lora": ..., "args": ..., "lifecycle": true}'
+    gpu_train.py MODEL DATA OUT '{"load": ..., "lora": ..., "args": ..., "loader": ..., "lifecycle": true}'
 """
 
 import json
@@ -9,7 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer
+import accelerate_unsloth
+from accelerate_unsloth import SFTConfig, SFTTrainer
 
 # isort: split
 import datasets
@@ -39,9 +40,10 @@ class FillMemory(TrainerCallback):
 def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     out, rank = Path(out), int(os.environ.get("RANK", 0))
     loading = {"load_in_4bit": False} | options.get("load", {})
-    model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=512, **loading)
+    loader = getattr(accelerate_unsloth, options.get("loader", "FastLanguageModel"))
+    model, tokenizer = loader.from_pretrained(model_folder, max_seq_length=512, **loading)
     if not loading.get("full_finetuning"):
-        model = FastLanguageModel.get_peft_model(model, **{"r": 8, "random_state": 0} | options.get("lora", {}))
+        model = loader.get_peft_model(model, **{"r": 8, "random_state": 0} | options.get("lora", {}))
     rows = datasets.Dataset.from_json(data_file, cache_dir=str(out / "json_cache"))
     arguments = {
         "per_device_train_batch_size": 2,
