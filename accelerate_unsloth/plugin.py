@@ -30,6 +30,21 @@ class UnslothPlugin:
         gradient_sync (`str`, *optional*, defaults to `"auto"`):
             `"after_backward"` reduces all gradients once per optimizer step, in one flat all-reduce; `"overlapped"`
             lets `DistributedDataParallel` reduce them in buckets during the last backward.
+        attention (`str`, *optional*, defaults to `"auto"`):
+            Attention kernel of rows of uneven length that run through PyTorch's SDPA: `"flash"`, `"cudnn"` or
+            `"efficient"` while training; `"unchanged"` leaves PyTorch its choice.
+        gradient_checkpointing (`str`, *optional*, defaults to `"auto"`):
+            `"none"` keeps activations, `"unsloth"` recomputes and offloads them. `"auto"` obeys a script that passes
+            `use_gradient_checkpointing` to `get_peft_model`, and else goes by the memory.
+        balance_tokens (`bool`, *optional*, defaults to `True`):
+            Deal the samples of a step to ranks by their cost, so that no rank waits for another's long rows.
+        micro_batch (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` cuts each effective batch into the fewest micro-batches that fit the memory; `"fixed"` keeps the
+            cut of the training arguments. Neither changes the samples of a step or its loss.
+        micro_batch_tokens (`int`, *optional*):
+            For `micro_batch="auto"`: most tokens of a micro-batch, padding included. By default what the memory holds.
+        memory_fraction (`float`, *optional*, defaults to `0.9`):
+            For `"auto"`: part of each GPU's memory that planning may use.
         gradient_as_bucket_view (`bool`, *optional*, defaults to `True`):
             For `"overlapped"`: let gradients be views of DDP's buckets, which saves one copy of them.
         find_unused_parameters (`bool`, *optional*):
@@ -68,6 +83,12 @@ class UnslothPlugin:
 
     engine: Literal["auto", "unsloth", "reference"] = _option("auto")
     gradient_sync: Literal["auto", "after_backward", "overlapped"] = _option("auto")
+    attention: Literal["auto", "flash", "cudnn", "efficient", "unchanged"] = _option("auto")
+    gradient_checkpointing: Literal["auto", "none", "unsloth"] = _option("auto")
+    balance_tokens: bool = _option(True)
+    micro_batch: Literal["auto", "fixed"] = _option("auto")
+    micro_batch_tokens: int | None = _option(None)
+    memory_fraction: float = _option(0.9)
     gradient_as_bucket_view: bool = _option(True)
     find_unused_parameters: bool | None = _option(None)
     static_graph: bool = _option(False)
@@ -144,7 +165,9 @@ def _parse(source: str, value: Any, hint: Any, minimum: int) -> Any:
         close = difflib.get_close_matches(str(value), allowed, n=1)
         hint_text = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{source}={value!r} is not known; choose one of {', '.join(allowed)}.{hint_text}")
-    if hint is int:
+    if hint is float:
+        return _parse_fraction(source, value)
+    if hint in (int, int | None):
         try:
             number = int(value)
         except (TypeError, ValueError):
@@ -157,6 +180,16 @@ def _parse(source: str, value: Any, hint: Any, minimum: int) -> Any:
     if str(value).lower() in _TRUE | _FALSE:
         return str(value).lower() in _TRUE
     raise ValueError(f"{source}={value!r} is neither true nor false; use 1 or 0.")
+
+
+def _parse_fraction(source: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number <= 1:
+        raise ValueError(f"{source}={value!r} is not a part of the memory; give a number above 0 and at most 1.")
+    return number
 
 
 def _reject_unknown_variables(options: set[str]) -> None:

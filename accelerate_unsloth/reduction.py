@@ -19,6 +19,7 @@ class StepTotals:
     loss: torch.Tensor  # mean over all loss items, a scalar
     tokens: torch.Tensor  # tokens of all ranks, a scalar
     stop_votes: int  # ranks that were asked to stop
+    ranks_out_of_memory: int  # ranks that had to cut a micro-batch
     nonfinite_ranks: list[int]  # ranks whose loss or gradient was not finite
 
 
@@ -47,10 +48,10 @@ class FlatReducer:
         first = self._parameters[0]
         double = any(p.dtype == torch.float64 for p in self._parameters)
         self._sizes = [p.numel() for p in self._parameters]
-        # Behind the gradients: a presence flag for each parameter, the totals of the step, the votes to stop, and for
-        # each rank whether its numbers went bad.
+        # Behind the gradients: a presence flag for each parameter, the totals of the step, two votes (to stop, and
+        # for smaller micro-batches), and for each rank whether its numbers went bad.
         self._rank, world_size = dist.get_rank(), dist.get_world_size()
-        self._layout = [sum(self._sizes), len(self._sizes), 3, 1, world_size]
+        self._layout = [sum(self._sizes), len(self._sizes), 3, 2, world_size]
         self._buffer = torch.zeros(
             sum(self._layout),
             dtype=torch.float64 if double else torch.float32,
@@ -66,6 +67,7 @@ class FlatReducer:
         num_items: torch.Tensor,
         num_tokens: torch.Tensor,
         wants_stop: bool = False,
+        ran_out_of_memory: bool = False,
         check_gradients: bool = True,
     ) -> StepTotals:
         """
@@ -76,6 +78,8 @@ class FlatReducer:
             num_items (`torch.Tensor`): Number of loss items behind it, a scalar; 0 if the rank had none.
             num_tokens (`torch.Tensor`): Tokens this rank processed, a scalar.
             wants_stop (`bool`, *optional*, defaults to `False`): Whether this rank was asked to stop.
+            ran_out_of_memory (`bool`, *optional*, defaults to `False`):
+                Whether this rank had to cut a micro-batch in this step.
             check_gradients (`bool`, *optional*, defaults to `True`):
                 Whether gradients have to be finite; a GradScaler finds and skips those that are not by itself.
 
@@ -94,7 +98,7 @@ class FlatReducer:
         if gradients:
             torch._foreach_copy_(views, gradients)
         totals.copy_(torch.stack([loss.double() * num_items, num_items, num_tokens]))
-        votes.fill_(float(wants_stop))
+        votes[0], votes[1] = float(wants_stop), float(ran_out_of_memory)
         finite = torch.isfinite(loss)
         if check_gradients:
             finite = finite & torch.isfinite(values).all()
@@ -111,11 +115,12 @@ class FlatReducer:
             torch._foreach_copy_(gradients, views)
         if not all(present):
             self._add_missing_gradients(present, flags)
-        stop_votes, *bad_ranks = torch.cat([votes, bad]).tolist()
+        stop_votes, ranks_out_of_memory, *bad_ranks = torch.cat([votes, bad]).tolist()
         return StepTotals(
             loss=totals[0] / weight,
             tokens=totals[2].clone(),
             stop_votes=int(stop_votes),
+            ranks_out_of_memory=int(ranks_out_of_memory),
             nonfinite_ranks=[rank for rank, count in enumerate(bad_ranks) if count],
         )
 

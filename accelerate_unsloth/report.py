@@ -24,6 +24,9 @@ def rows(trainer, engine) -> list[tuple[str, str, str]]:
         ("gradient sync", trainer.gradient_sync.mode, trainer.gradient_sync.reason),
         ("loss", "mean over all tokens", _loss_reason(trainer)),
         ("samples", *_sampling(trainer)),
+        ("micro-batches", trainer.micro_batch.mode, trainer.micro_batch.reason),
+        ("checkpointing", trainer.checkpointing.mode, trainer.checkpointing.reason),
+        ("attention", trainer.attention.backend, trainer.attention.reason),
         ("trainable", f"{trainable:,}", f"of {every:,} parameters ({100 * trainable / max(every, 1):.2f}%)"),
         ("versions", "", ", ".join(f"{name} {version(name)}" for name in _VERSIONS)),
     ]
@@ -36,6 +39,8 @@ def _loss_reason(trainer) -> str:
 
 
 def _sampling(trainer) -> tuple[str, str]:
+    if trainer.balances_tokens:
+        return "balanced", "dealt to ranks by tokens; the same in each step on any number of processes"
     if trainer.plans_samples(trainer.train_dataset):
         return "planned", "each sample once an epoch, the same in each step on any number of processes"
     return "streamed", "the data set has no length, so accelerate splits the stream; steps depend on the processes"

@@ -30,6 +30,7 @@ ROOMS += [
     "stopping",
     "watchdog",
     "reduction",
+    "memory",
     "engines",
     "policies",
     "data",

@@ -9,12 +9,24 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 IGNORED = -100
 
 
+class Slot(list):
+    """
+    What a rank does in one micro-step that the Trainer counts: none, one or several micro-batches.
+
+    Attributes:
+        samples (`list[list[int]]`): Indices of the samples of each, as the sampler gave them.
+    """
+
+
 class _Filler(dict):
     """A row that is there to keep ranks in step; nothing is learnt from it."""
 
 
-class _WithFillers(Dataset):
-    """A data set that also takes `~index`, for a filler made of that row."""
+class _Rows(Dataset):
+    """
+    A data set that also takes lists of indices, for a micro-step of several micro-batches, and `~index`, for a filler
+    made of that row.
+    """
 
     def __init__(self, rows):
         self.rows = rows
@@ -25,19 +37,27 @@ class _WithFillers(Dataset):
     def __getitem__(self, index: int):
         return self.rows[index] if index >= 0 else _Filler(self.rows[~index])
 
-    def __getitems__(self, indices: list[int]) -> list:
+    def __getitems__(self, indices: list) -> list:
+        if not indices or isinstance(indices[0], list):
+            slot = Slot(self.__getitems__(batch) for batch in indices)
+            slot.samples = indices
+            return slot
         if indices[0] < 0 or not hasattr(self.rows, "__getitems__"):
             return [self[index] for index in indices]
         return self.rows.__getitems__(indices)
 
 
-class _MaskingCollator:
-    """Collates with the trainer's own collator, then masks the labels of fillers."""
+class _Collator:
+    """Collates each micro-batch with the trainer's own collator, and masks the labels of fillers."""
 
     def __init__(self, collator: Callable[[list], dict]):
         self.collator = collator
 
-    def __call__(self, rows: list) -> dict[str, Any]:
+    def __call__(self, rows: list) -> dict[str, Any] | Slot:
+        if isinstance(rows, Slot):
+            slot = Slot(self(batch) for batch in rows)
+            slot.samples = rows.samples
+            return slot
         batch = self.collator([dict(row) if isinstance(row, _Filler) else row for row in rows])
         if isinstance(rows[0], _Filler):
             for name in ("labels", "shift_labels"):
@@ -50,9 +70,7 @@ class PlannedDataLoader(DataLoader):
     """A DataLoader over `batch_sampler` that passes the epoch on to it, as the Trainer expects of its loaders."""
 
     def __init__(self, rows, batch_sampler: Sampler, collator: Callable[[list], dict], **options: Any):
-        super().__init__(
-            _WithFillers(rows), batch_sampler=batch_sampler, collate_fn=_MaskingCollator(collator), **options
-        )
+        super().__init__(_Rows(rows), batch_sampler=batch_sampler, collate_fn=_Collator(collator), **options)
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

@@ -2,7 +2,8 @@
 Tokenise once a node.
 
 TRL's preparation runs on every rank, one after the other, and Unsloth's on all at once. Here the first process of each
-node runs it and writes the result to the datasets cache; all processes of the node map that file. The others run the
+node runs it and writes the result, with the length of each sample, to the datasets cache; all processes of the node map
+that file. The others run the
 preparation on a few rows, because it also sets up the trainer (its collator, its arguments).
 """
 
@@ -20,6 +21,7 @@ from accelerate import PartialState
 from ..channel import channel
 from ..ledger import Ledger
 from ..topology import topology
+from .lengths import write_lengths
 from .loader import IGNORED
 
 _PROBE_ROWS = 8
@@ -80,6 +82,7 @@ def _write(prepared: datasets.Dataset) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}")
     prepared.save_to_disk(str(beside))
+    write_lengths(prepared, beside)
     try:
         os.rename(beside, folder)
     except OSError:  # another node was first

@@ -3,15 +3,20 @@ Which samples form an optimizer step, and which rank gets which of them.
 
 The effective batches of an epoch depend on the seed, the epoch and the effective batch size, never on the number of
 processes: any launch of the same effective batch size trains on the same samples in the same step. They are those that
-the stock Trainer forms from the same seed. A last, incomplete effective batch is dealt over all ranks; no sample is
+the stock Trainer forms from the same seed. How they are dealt to ranks and cut into micro-batches is another matter: by
+number, or by cost where lengths are known. A last, incomplete effective batch is dealt over all ranks; no sample is
 repeated to fill it.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from .balance import RowCost, cut, deal_balanced
 
 
 def epoch_order(
@@ -52,7 +57,7 @@ def epoch_order(
     if strategy == "random":
         return torch.randperm(num_samples, generator=generator).tolist()
     if strategy == "group_by_length":
-        return get_length_grouped_indices(lengths, effective_batch, generator=generator)
+        return get_length_grouped_indices(list(lengths), effective_batch, generator=generator)
     raise ValueError(
         f"train_sampling_strategy={strategy!r} is not known; use 'random', 'sequential' or 'group_by_length'."
     )
@@ -96,10 +101,10 @@ def deal(samples: Sequence[int], world_size: int, accumulation: int, micro_batch
 
 class EffectiveBatchSampler(Sampler):
     """
-    The micro-batches of one rank, `accumulation` of them for each optimizer step.
+    What one rank does in each micro-step of the Trainer, `accumulation` of which make an optimizer step.
 
-    Where a rank has nothing to do in a micro-step, it gets one sample of the same effective batch as `~index`, a
-    negative number: a filler whose labels are to be masked, so that every rank takes every step.
+    The Trainer counts micro-steps; what is in them is ours. A micro-step is a list of micro-batches: one as the user's
+    arguments cut it, none where the rank's share needs fewer, several where a `token_budget` asks for more.
 
     Args:
         num_samples (`int`): Number of samples.
@@ -110,14 +115,24 @@ class EffectiveBatchSampler(Sampler):
         seed (`int`): Seed of the run.
         drop_last (`bool`, *optional*, defaults to `False`): Leave out an incomplete last effective batch.
         strategy (`str`, *optional*, defaults to `"random"`): See [`epoch_order`].
-        lengths (`Sequence[int]`, *optional*): See [`epoch_order`].
+        lengths (`Sequence[int]`, *optional*): Tokens of each sample, where they are known.
+        balance (`bool`, *optional*, defaults to `False`): Deal by cost instead of by number; needs `lengths`.
+        cost ([`RowCost`], *optional*): What a row costs.
+        in_step (`bool`, *optional*, defaults to `False`):
+            Whether ranks meet in every micro-step, so that each of them needs one micro-batch in it. A rank that has
+            none gets one sample of the same effective batch as `~index`, a negative number: a filler whose labels are
+            to be masked.
+
+    Attributes:
+        token_budget (`int` or `None`): Most tokens of a micro-batch; may be set until the first iteration.
 
     Example:
 
     ```python
     >>> from accelerate_unsloth.data.sampler import EffectiveBatchSampler
-    >>> list(EffectiveBatchSampler(3, world_size=2, rank=1, micro_batch=1, accumulation=1, seed=0, strategy="sequential"))
-    [[1], [-3]]
+    >>> sampler = EffectiveBatchSampler(5, world_size=2, rank=1, micro_batch=1, accumulation=2, seed=0, strategy="sequential")
+    >>> list(sampler)
+    [[[1]], [[3]], [], []]
     ```
     """
 
@@ -132,6 +147,9 @@ class EffectiveBatchSampler(Sampler):
         drop_last: bool = False,
         strategy: str = "random",
         lengths: Sequence[int] | None = None,
+        balance: bool = False,
+        cost: RowCost | None = None,
+        in_step: bool = False,
     ):
         self.num_samples = num_samples
         self.world_size = world_size
@@ -140,7 +158,11 @@ class EffectiveBatchSampler(Sampler):
         self.accumulation = accumulation
         self.seed = seed
         self.strategy = strategy
-        self.lengths = lengths
+        self.lengths = lengths if lengths is None else np.asarray(lengths)
+        self.balance = balance
+        self.cost = cost or RowCost()
+        self.in_step = in_step
+        self.token_budget: int | None = None
         self.effective_batch = world_size * accumulation * micro_batch
         whole, rest = divmod(num_samples, self.effective_batch)
         self.num_steps = whole if drop_last else whole + (rest > 0)
@@ -153,17 +175,38 @@ class EffectiveBatchSampler(Sampler):
     def __len__(self) -> int:
         return self.num_steps * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[list[int]]]:
         for step in range(self.num_steps):
-            rows = self.dealt(step)
-            for row in rows:
-                yield row[self.rank] or [~rows[0][0][0]]
+            plan = self.plan(step)
+            filler = [~next(batch[0] for batches in plan for batch in batches)]
+            yield from self._micro_steps(plan[self.rank], filler)
 
-    def dealt(self, step: int) -> list[list[list[int]]]:
-        """Step `step` of the current epoch as [`deal`] cuts it, `[micro_step][rank] -> samples`, without fillers."""
+    def plan(self, step: int) -> list[list[list[int]]]:
+        """Samples of step `step` of the current epoch: `[rank][micro_batch] -> samples`, without fillers."""
         order = self._order(self.epoch)
         samples = order[step * self.effective_batch : (step + 1) * self.effective_batch]
-        return deal(samples, self.world_size, self.accumulation, self.micro_batch)
+        if self.balance:
+            lengths = self.lengths[samples].tolist()
+            return deal_balanced(samples, lengths, self.world_size, self.cost, self.accumulation, self.token_budget)
+        rows = deal(samples, self.world_size, self.accumulation, self.micro_batch)
+        ranks = [[row[rank] for row in rows if row[rank]] for rank in range(self.world_size)]
+        if self.token_budget is None:
+            return ranks
+        shares = [[sample for batch in batches for sample in batch] for batches in ranks]
+        return [
+            cut(share, self.lengths[share].tolist(), self.cost, token_budget=self.token_budget) if share else []
+            for share in shares
+        ]
+
+    def _micro_steps(self, batches: list[list[int]], filler: list[int]) -> Iterator[list[list[int]]]:
+        """Spread a rank's micro-batches over the micro-steps that the Trainer counts."""
+        if self.in_step or len(batches) <= self.accumulation:
+            empty = [filler] if self.in_step else []
+            yield from ([batch] for batch in batches)
+            yield from (list(empty) for _ in range(self.accumulation - len(batches)))
+            return
+        edges = [len(batches) * turn // self.accumulation for turn in range(self.accumulation + 1)]
+        yield from (batches[start:end] for start, end in pairwise(edges))
 
     def _order(self, epoch: int) -> list[int]:
         """The order of an epoch, computed once for all its steps."""
@@ -177,13 +220,17 @@ class EffectiveBatchSampler(Sampler):
 
 class EvaluationSampler(Sampler):
     """
-    The evaluation batches of one rank: all samples once, in order, and as many batches on every rank.
+    The evaluation batches of one rank: all samples once, and as many batches on every rank.
+
+    With `lengths` like lengths come together, longest first: the ranks' batches of a turn are level, little is padded,
+    and what does not fit the memory fails at once. The mean loss does not depend on the order.
 
     Args:
         num_samples (`int`): Number of samples.
         world_size (`int`): Number of processes.
         rank (`int`): This process.
         batch_size (`int`): Samples of one batch (`per_device_eval_batch_size`).
+        lengths (`Sequence[int]`, *optional*): Tokens of each sample.
 
     Example:
 
@@ -194,11 +241,19 @@ class EvaluationSampler(Sampler):
     ```
     """
 
-    def __init__(self, num_samples: int, world_size: int, rank: int, batch_size: int):
+    def __init__(
+        self,
+        num_samples: int,
+        world_size: int,
+        rank: int,
+        batch_size: int,
+        lengths: Sequence[int] | None = None,
+    ):
         self.num_samples = num_samples
         self.world_size = world_size
         self.rank = rank
         self.batch_size = batch_size
+        self.lengths = lengths
 
     @property
     def num_real(self) -> int:
@@ -210,6 +265,9 @@ class EvaluationSampler(Sampler):
         return -(-self.num_samples // (self.world_size * self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
+        order = range(self.num_samples)
+        if self.lengths is not None:
+            order = np.argsort(-np.asarray(self.lengths), kind="stable").tolist()
         for step in range(len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
-            yield list(range(start, min(start + self.batch_size, self.num_samples))) or [~0]
+            yield list(order[start : start + self.batch_size]) or [~0]

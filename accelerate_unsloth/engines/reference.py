@@ -130,6 +130,7 @@ class FastLanguageModel:
                 Rank of the adapters.
             use_gradient_checkpointing (`bool` or `str`, *optional*, defaults to `"unsloth"`):
                 Any true value recomputes activations in the backward; Unsloth's offloading has no counterpart here.
+                `"auto"` is taken for the default.
 
         Returns:
             [`~peft.PeftModel`]

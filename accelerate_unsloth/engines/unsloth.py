@@ -76,8 +76,12 @@ def _for_several_processes(base):
         @staticmethod
         @functools.wraps(base.get_peft_model)
         def get_peft_model(model, *args, **kwargs):
+            asked = kwargs.get("use_gradient_checkpointing", "auto") != "auto"
+            if not asked:  # loaded with Unsloth's default, which the trainer may switch off
+                kwargs.pop("use_gradient_checkpointing", None)
             with muted_prints():
                 model = base.get_peft_model(model, *args, **kwargs)
+            model._accelerate_unsloth_checkpointing_asked = asked
             saving.guard(model)
             return model
 

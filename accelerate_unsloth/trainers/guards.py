@@ -69,7 +69,7 @@ class GuardMixin:
 
     def _handle_nonfinite(self, ranks: list[int]) -> None:
         step = self.state.global_step
-        samples = {rank: [index for row in self._dealt_rows for index in row[rank]] for rank in ranks}
+        samples = channel().gather("samples", self._step_samples)
         where = "; ".join(f"rank {rank}{f' (samples {samples[rank]})' if samples[rank] else ''}" for rank in ranks)
         message = f"The loss or a gradient of step {step + 1} is not finite on {where}."
         if self.plugin.on_nonfinite == "stop":
@@ -81,23 +81,6 @@ class GuardMixin:
         if self.accelerator.scaler is None:  # a GradScaler skips by itself, and wants to see the gradients for it
             for parameter in self.model.parameters():
                 parameter.grad = None
-
-    def _deal_next_step(self) -> list[list[list[int]]]:
-        """
-        The samples of the optimizer step that begins, `[micro_step][rank]`; empty where we do not deal them.
-
-        Counted within the epoch, because the global step does not tell: a resumed run may ignore the data it has seen,
-        and an epoch may be cut short.
-        """
-        sampler = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
-        if not hasattr(sampler, "dealt"):
-            return []
-        if sampler.epoch != self._epoch_seen:
-            resumed = self._epoch_seen is None and not self.args.ignore_data_skip
-            self._steps_into_epoch = self.state.global_step % sampler.num_steps if resumed else 0
-            self._epoch_seen = sampler.epoch
-        self._steps_into_epoch += 1
-        return sampler.dealt(self._steps_into_epoch - 1)
 
     def _own_numbers_are_finite(self, loss: torch.Tensor) -> bool:
         """Where no reduction of ours looks at them: this process's loss, and its gradients unless a GradScaler does."""

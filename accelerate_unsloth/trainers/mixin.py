@@ -8,19 +8,19 @@ that it relies on are listed in `tests/test_patched_points.py`.
 
 import functools
 import math
+from dataclasses import dataclass
+from itertools import islice
 
 from ..engines.loaded import choice
 
 # isort: split
 import torch
 from accelerate.utils import DistributedType
-from torch.utils.data import IterableDataset
 
 from .. import agreement, report, saving
 from ..channel import channel
-from ..data.loader import PlannedDataLoader, count_items, count_tokens
+from ..data.loader import PlannedDataLoader, Slot, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
-from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
 from ..quiet import mute_libraries, muted_prints
@@ -29,11 +29,21 @@ from ..topology import topology
 from .checkpointing import CheckpointMixin
 from .guards import GuardMixin
 from .out_of_memory import OutOfMemoryMixin
+from .planning import PlanningMixin
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
+@dataclass
+class MicroBatch:
+    """One forward and backward of this rank."""
+
+    inputs: dict
+    items: int  # positions whose loss counts; 0 for a filler
+    samples: list[int]  # indices into the training data; empty where we did not deal them, or do not need them
+
+
+class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, PlanningMixin):
     """
     Mixin for trainers of the kind of TRL's SFTTrainer: a loss over labelled tokens. Put it first among the bases.
 
@@ -72,7 +82,6 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         self._check_launch()
         self._resolve_policies()
         agreement.check(self)
-        report.show(self, choice)
 
     def _check_launch(self) -> None:
         launched, known = topology().world_size, self.accelerator.num_processes
@@ -124,56 +133,6 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         prepare = super()._prepare_dataset
         return prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), "data")
 
-    # ---- Data ----
-
-    def plans_samples(self, dataset) -> bool:
-        """Whether the samples of a data set can be dealt exactly, which takes a length and random access."""
-        return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-
-    def _get_dataloader(
-        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
-    ):
-        """Deal the samples ourselves where we can; predictions, and those for metrics, keep accelerate's loader."""
-        loss_only = description == "Evaluation" and self.compute_metrics is None
-        if not self.plans_samples(dataset) or not (is_training or loss_only):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        if is_training:
-            sampler = self._train_sampler(dataset, batch_size)
-        else:
-            place = self.accelerator
-            sampler = EvaluationSampler(len(dataset), place.num_processes, place.process_index, batch_size)
-        if hasattr(dataset, "column_names"):
-            dataset, collator = self._remove_unused_columns(dataset, description=description), self.data_collator
-        else:
-            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
-        workers = self.args.dataloader_num_workers
-        return PlannedDataLoader(
-            dataset,
-            sampler,
-            collator,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-
-    def _train_sampler(self, dataset, batch_size: int) -> EffectiveBatchSampler:
-        strategy, lengths = self.args.train_sampling_strategy, None
-        if strategy == "group_by_length":
-            lengths = [len(ids) for ids in dataset["input_ids"]]
-        return EffectiveBatchSampler(
-            len(dataset),
-            world_size=self.accelerator.num_processes,
-            rank=self.accelerator.process_index,
-            micro_batch=batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            drop_last=self.args.dataloader_drop_last,
-            strategy=strategy,
-            lengths=lengths,
-        )
-
     # ---- The step ----
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -181,35 +140,42 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
         if self.gradient_sync.mode == "after_backward":
             self._reducer = FlatReducer(self.model.parameters())
             self._reducer.broadcast_parameters()
-        self._epoch_seen = None
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         if self.gradient_sync.mode == "overlapped" and not self.is_world_process_zero():
             logged = []  # what each rank counts is summed when it is logged
         self._num_tokens = torch.tensor(
             float(logged[-1] if logged else 0), device=self.args.device, dtype=torch.float64
         )
+        self._resolve_attention()
+        self._plan_step()
+        report.show(self, choice)
         return prepared
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of this rank's next optimizer step, with the number of loss items in each."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._dealt_rows = self._deal_next_step()
-        dealt = [row[topology().rank] for row in self._dealt_rows]
-        fillers = [not samples for samples in dealt] or [False] * len(batches)
-        self._items_ahead = [
-            0 if filler else self._count_items(batch) for batch, filler in zip(batches, fillers, strict=True)
+        """The micro-steps of this rank's next optimizer step, each a [`Slot`] of [`MicroBatch`]es."""
+        slots = [
+            inputs if isinstance(inputs, Slot) else Slot([inputs]) for inputs in islice(epoch_iterator, num_batches)
         ]
-        # Without its samples a micro-batch cannot be cut in two, and a copy of large gradients costs more than it saves.
-        self._samples_ahead = dealt if self._gradients_are_small else []
-        counted = sum(self._items_ahead) if num_items is None else num_items
+        batches = [inputs for slot in slots for inputs in slot]
+        # Unsloth and transformers decide here whether the model's loss divides by the count, and count for it.
+        _, num_items = super().get_batch_samples(iter(batches), len(batches), device)
+        slots = [Slot(self._micro_batches(slot)) for slot in slots]
+        work = [batch for slot in slots for batch in slot]
+        self._step_samples = [index for batch in work for index in batch.samples]
+        counted = sum(batch.items for batch in work) if num_items is None else num_items
         self._step_items = torch.as_tensor(counted, device=device, dtype=torch.float64)
-        self._step_tokens = torch.tensor(
-            sum(count_tokens(batch) for batch, items in zip(batches, self._items_ahead, strict=True) if items),
-            device=device,
-            dtype=torch.float64,
-        )
+        tokens = sum(count_tokens(batch.inputs) for batch in work if batch.items)
+        self._step_tokens = torch.tensor(tokens, device=device, dtype=torch.float64)
         self._step_loss = torch.zeros((), device=device, dtype=torch.float64)
-        return batches, num_items
+        return slots, num_items
+
+    def _micro_batches(self, slot: Slot) -> list[MicroBatch]:
+        samples = getattr(slot, "samples", [[]] * len(slot))
+        fillers = [bool(indices) and indices[0] < 0 for indices in samples]
+        return [
+            MicroBatch(inputs, 0 if filler else self._count_items(inputs), [] if filler else indices)
+            for inputs, indices, filler in zip(slot, samples, fillers, strict=True)
+        ]
 
     def _count_items(self, batch) -> int:
         """Positions of a collated batch whose loss counts, as this model's loss sees them."""
@@ -223,18 +189,18 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
             `torch.Tensor`: under `after_backward` the loss of the whole step over all ranks, with its last
             micro-batch, and zero before; else what the stock Trainer returns.
         """
-        items = self._items_ahead.pop(0)
-        samples = self._samples_ahead.pop(0) if self._samples_ahead else []
         if self.gradient_sync.mode == "overlapped":
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            (batch,) = inputs
+            loss = super().training_step(model, batch.inputs, num_items_in_batch)
             self._step_loss += loss
             if self.accelerator.sync_gradients:
                 self._end_step_without_reducer()
             return loss
         loss = torch.zeros((), device=self.args.device)
-        if items:  # nothing can be learnt from a filler, or where every label is masked
-            loss = self._learn(model, inputs, num_items_in_batch, items, samples)
-        elif self.accelerator.scaler is not None:
+        for batch in inputs:
+            if batch.items:  # nothing can be learnt where every label is masked
+                loss = loss + self._learn(model, batch, num_items_in_batch)
+        if self.accelerator.scaler is not None:
             self.accelerator.scaler.scale(loss)  # a scaler that has scaled nothing cannot take part in the step
         returned, self._step_loss = self._step_loss, self._step_loss + loss
         if not self.accelerator.sync_gradients:
@@ -248,14 +214,19 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
             self._step_items,
             self._step_tokens,
             wants_stop=self._stop.signal is not None,
+            ran_out_of_memory=self._failed_tokens > 0,
             check_gradients=self.accelerator.scaler is None,
         )
         self._num_tokens += totals.tokens
         self._note_end_of_step(totals.stop_votes, totals.nonfinite_ranks)
+        if totals.ranks_out_of_memory:
+            self._plan_smaller()
         return totals.loss.to(loss.dtype)
 
     def _end_step_without_reducer(self) -> None:
         """One process, or DDP: there is no reduction of ours that could carry votes and bad numbers."""
+        if self._failed_tokens and self.gradient_sync.mode == "none":
+            self._plan_smaller()
         self._num_tokens += self._step_tokens
         finite = self._own_numbers_are_finite(self._step_loss)
         notes = torch.tensor([float(self._stop.signal is not None), float(not finite)], device=self.args.device)
@@ -267,6 +238,21 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin):
             ranks = [rank for rank, is_finite in enumerate(finite_losses) if not is_finite]
             ranks = ranks or list(range(len(finite_losses)))  # DDP has spread bad gradients to all of them
         self._note_end_of_step(int(votes), ranks)
+
+    def floating_point_ops(self, inputs):
+        """Operations of all micro-batches of a micro-step, as the Trainer estimates them."""
+        return sum(super(DistributedTrainerMixin, self).floating_point_ops(batch.inputs) for batch in inputs)
+
+    def _track_num_input_tokens(self, inputs):
+        """Count the tokens of a micro-step at once, because the Trainer gathers them over all ranks."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        together = {}
+        for name in (getattr(self.model, "main_input_name", "input_ids"), "attention_mask"):
+            rows = [batch.inputs[name].reshape(1, -1) for batch in inputs if batch.items and name in batch.inputs]
+            if rows or name != "attention_mask":
+                together[name] = torch.cat(rows, dim=1) if rows else torch.empty(1, 0, dtype=torch.long)
+        super()._track_num_input_tokens(together)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(

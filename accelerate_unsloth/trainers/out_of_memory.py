@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from ..data.loader import count_tokens
 from ..topology import topology
 
 
@@ -17,47 +18,57 @@ class OutOfMemoryMixin:
     """Surviving a micro-batch that is too large, for [`DistributedTrainerMixin`]."""
 
     def __init__(self, *args, **kwargs):
-        self._skipped_items, self._cut_before = 0, False
+        self._skipped_items, self._cut_before, self._failed_tokens = 0, False, 0
         self.skipped_samples: list[int] = []
         super().__init__(*args, **kwargs)
 
-    def _learn(self, model, inputs, num_items_in_batch, items: int, samples: list[int]) -> torch.Tensor:
+    def _learn(self, model, batch, num_items_in_batch) -> torch.Tensor:
         """
         Forward and backward of a micro-batch; its loss.
 
         Args:
-            items (`int`): Loss items of the micro-batch.
-            samples (`list[int]`): Its indices into the training data; empty if we did not deal them.
+            batch (`MicroBatch`): With the indices of its samples, without which it cannot be cut.
 
         Raises:
             torch.OutOfMemoryError: if it does not fit and cannot be cut, because it is a single sample that is not to
                 be skipped, or because its samples are not known.
         """
+        # A copy of large gradients costs more than it saves.
+        samples = batch.samples if self._gradients_are_small else []
         # Few and small with adapters: a backward that breaks off has already added to some of them.
         trainable = [p for p in model.parameters() if p.requires_grad] if samples else []
         kept = [(p, None if p.grad is None else p.grad.clone()) for p in trainable]
         try:
-            return self._learn_at_once(model, inputs, num_items_in_batch, items)
+            return self._learn_at_once(model, batch.inputs, num_items_in_batch, batch.items)
         except torch.OutOfMemoryError as error:
             if not samples or (len(samples) == 1 and self.plugin.on_oversized == "stop"):
                 raise self._explained(error, samples) from error
         # Outside of the except block, whose traceback holds the activations.
-        del inputs
+        self._failed_tokens = count_tokens(batch.inputs)
+        batch.inputs = {}
         for parameter, gradient in kept:
             parameter.grad = gradient
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
         if len(samples) == 1:
-            return self._skip(samples[0], items)
+            return self._skip(samples[0], batch.items)
         half = len(samples) // 2
         if not self._cut_before:  # on whichever rank it is, so not through a logger, which other ranks mute
             self._cut_before = True
             print(f"[rank {topology().rank}] a micro-batch did not fit the memory and is cut in two.", file=sys.stderr)
-        return sum(
-            self._learn(model, batch, num_items_in_batch, self._count_items(batch), part)
-            for part, batch in ((part, self._collate(part)) for part in (samples[:half], samples[half:]))
-        )
+        loss = torch.zeros((), device=self.args.device)
+        for part in (samples[:half], samples[half:]):
+            inputs = self._collate(part)
+            items = self._count_items(inputs)
+            if items:
+                loss = loss + self._learn(model, type(batch)(inputs, items, part), num_items_in_batch)
+        return loss
+
+    def _plan_smaller(self) -> None:
+        """At the end of a step in which a rank ran out of memory; all ranks come here together."""
+        self._lower_budget(self._failed_tokens)
+        self._failed_tokens = 0
 
     def _learn_at_once(self, model, inputs, num_items_in_batch, items: int) -> torch.Tensor:
         if num_items_in_batch is None:

@@ -1,0 +1,222 @@
+"""
+The arithmetic of what fits: bytes of weights, adapters, optimizer state and activations, from a model's config alone.
+
+The coefficients of the activations were fitted to peaks measured with Unsloth 2026.10.6 on H200s
+(`benchmarks/step_cost.py`, `benchmarks/RESULTS.md`); the rest is counting. Nothing here touches a device, except
+`read`, which says how much memory this process may use.
+"""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+# bitsandbytes NF4 with double quantization: 4 bits a value, a float8 constant for each 64, a float32 for each 256 of them.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+# Values that a layer keeps a token, in multiples of the hidden and of the intermediate size.
+_WORKING = (10.3, 3.1)  # while one layer is being recomputed or run backward
+_KEPT = (10.0, 2.0)  # from the forward to the backward, without checkpointing
+
+# A CUDA context, cuBLAS workspaces and Triton's kernels; outside of what PyTorch counts.
+CONTEXT_GIB = 0.8
+
+# By the first words of the Trainer's `optim`: bytes of state a trainable value, longest name first.
+_OPTIMIZER_BYTES = {
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+    "ademamix_8bit": 3,
+    "lion": 4,
+    "paged_lion": 4,
+    "sgd": 0,
+    "adafactor": 0,
+    "ademamix": 12,
+}
+_ADAM_BYTES = 8
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """
+    The sizes of a decoder-only model that memory and time follow from.
+
+    Args:
+        hidden (`int`): Width of the residual stream.
+        intermediate (`int`): Width of the MLP that one token uses; with experts the sum over its active ones.
+        layers (`int`): Number of layers.
+        heads (`int`): Query heads.
+        kv_heads (`int`): Key and value heads.
+        head_dim (`int`): Width of a head.
+        vocabulary (`int`): Words.
+        tied (`bool`): Whether the output embedding is the input's.
+        expert_copies (`float`): How many times the MLP's weights exist, relative to what a token uses.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    expert_copies: float = 1.0
+
+    @classmethod
+    def from_config(cls, config) -> "ModelShape | None":
+        """Read a transformers config; `None` for one that has no such sizes."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        try:
+            hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+            intermediate, copies = text.intermediate_size, 1.0
+            experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+            if experts:
+                active = text.num_experts_per_tok
+                intermediate = active * (getattr(text, "moe_intermediate_size", None) or intermediate)
+                copies = experts / active
+            return cls(
+                hidden=hidden,
+                intermediate=intermediate,
+                layers=layers,
+                heads=heads,
+                kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+                head_dim=getattr(text, "head_dim", None) or hidden // heads,
+                vocabulary=text.vocab_size,
+                tied=bool(getattr(text, "tie_word_embeddings", False)),
+                expert_copies=copies,
+            )
+        except AttributeError:
+            return None
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each linear layer that a token passes, under the usual names."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, queries),
+            "k_proj": (self.hidden, keys),
+            "v_proj": (self.hidden, keys),
+            "o_proj": (queries, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def linear_values(self) -> int:
+        """Weights of the linear layers that one token passes."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_shapes.values())
+
+    @property
+    def stored_linear_values(self) -> float:
+        """Weights of all linear layers, of all experts."""
+        mlp = self.layers * 3 * self.hidden * self.intermediate
+        return self.linear_values + mlp * (self.expert_copies - 1)
+
+    @property
+    def embedding_values(self) -> int:
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def lora_values(self, r: int, target_modules=None) -> int:
+        """Trainable values of LoRA adapters of rank `r`."""
+        shapes = self.linear_shapes
+        targets = shapes if target_modules is None else [name for name in shapes if name in target_modules]
+        return self.layers * sum(r * sum(shapes[name]) for name in targets)
+
+    @property
+    def attention_per_token(self) -> float:
+        """
+        Arithmetic of one token's attention to one other, over that of its linear layers.
+
+        A token of a causal row of n looks at n / 2 others on average, at 4 x heads x head_dim operations each and a
+        layer; its linear layers take 2 operations a weight. Attention kernels reach about half the rate of matmuls.
+        """
+        return 2 * self.layers * self.heads * self.head_dim / self.linear_values
+
+    def activation_bytes(self, checkpointing: bool, offloaded: bool = True) -> float:
+        """Bytes a token of a micro-batch at the peak of a step, in 16 bits."""
+        working = 2 * (_WORKING[0] * self.hidden + _WORKING[1] * self.intermediate)
+        if checkpointing:
+            return working + (0 if offloaded else 2 * self.layers * self.hidden)
+        return working + 2 * self.layers * (_KEPT[0] * self.hidden + _KEPT[1] * self.intermediate)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """A weight taken out of 4 bits, and a chunk of logits with its gradient."""
+        return 2 * self.hidden * max(self.intermediate, self.hidden) + 8 * 256 * self.vocabulary
+
+
+def optimizer_bytes(optim: str) -> int:
+    """
+    Bytes of optimizer state a trainable value.
+
+    Args:
+        optim (`str`): The Trainer's `optim`. Unknown ones are taken for AdamW in 32 bits.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.memory import optimizer_bytes
+    >>> optimizer_bytes("adamw_8bit"), optimizer_bytes("adamw_torch")
+    (2, 8)
+    ```
+    """
+    name = str(optim).lower()
+    known = [start for start in _OPTIMIZER_BYTES if name.startswith(start)]
+    return _OPTIMIZER_BYTES[max(known, key=len)] if known else _ADAM_BYTES
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What this process may use of its device: `limit_bytes` in all, of which it uses `used_bytes`."""
+
+    limit_bytes: int
+    used_bytes: int
+
+    @property
+    def left_bytes(self) -> int:
+        return self.limit_bytes - self.used_bytes
+
+
+def read(device, fraction: float, processes: int = 1) -> Reading:
+    """
+    What PyTorch may still allocate here.
+
+    Args:
+        device (`torch.device`): A GPU or the CPU.
+        fraction (`float`): Part of the device that may be used, CUDA context and other processes included.
+        processes (`int`, *optional*, defaults to `1`): How many processes share a CPU's memory.
+    """
+    import psutil
+    import torch
+
+    if device.type != "cuda":
+        used = psutil.Process().memory_info().rss
+        free = int(psutil.virtual_memory().available * fraction / processes)
+        return Reading(limit_bytes=used + free, used_bytes=used)
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return Reading(limit_bytes=int(total * fraction) - others, used_bytes=torch.cuda.memory_allocated(device))
+
+
+def tokens_that_fit(
+    shape: ModelShape, left_bytes: float, trainable: int, gradient_bytes: int, optim_bytes: int, checkpointing: bool
+) -> int:
+    """
+    The largest micro-batch, in tokens, beside everything that is loaded already.
+
+    Args:
+        shape ([`ModelShape`]): Sizes of the model.
+        left_bytes (`float`): Memory that is left, with weights and adapters loaded and before the first step.
+        trainable (`int`): Trainable values.
+        gradient_bytes (`int`): Bytes of a gradient value.
+        optim_bytes (`int`): Bytes of optimizer state a trainable value; see [`optimizer_bytes`].
+        checkpointing (`bool`): Whether activations are recomputed, and what is kept is offloaded.
+
+    Returns:
+        `int`: 0 if not even the optimizer fits.
+    """
+    left = left_bytes - trainable * (gradient_bytes + optim_bytes) - shape.workspace_bytes
+    return max(0, int(left / shape.activation_bytes(checkpointing)))

@@ -1,0 +1,79 @@
+"""
+Which attention kernel rows of uneven length run through.
+
+Without flash-attn or xformers Unsloth runs rows without padding segment by segment through PyTorch's SDPA, which on
+Hopper and later prefers cuDNN. cuDNN builds a plan for every length it has not seen: 84 ms forward and 63 ms backward on
+an H200. Flash attention builds none, and is 1 to 5% slower once cuDNN has its plans (`benchmarks/RESULTS.md`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# A plan costs what 5% of about three seconds of training are worth: with few lengths it soon pays for itself.
+CUDNN_MAX_LENGTHS = 32
+
+_KERNELS = ("cudnn", "flash", "efficient")
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    backend: str  # "cudnn" | "flash" | "efficient" | "unchanged"
+    reason: str  # one clause, shown in the start-up table
+
+
+def resolve(
+    requested: str, sdpa_runs_segments: bool, other: str, prefers_cudnn: bool, lengths: int
+) -> AttentionChoice:
+    """
+    Choose the kernel.
+
+    Args:
+        requested (`str`): `"auto"`, or a kernel by name.
+        sdpa_runs_segments (`bool`): Whether rows without padding go through PyTorch's SDPA one by one.
+        other (`str`): What runs them otherwise, for the reason.
+        prefers_cudnn (`bool`): Whether PyTorch would take cuDNN on this GPU.
+        lengths (`int`): Number of different lengths in the data; 0 if not known.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.policies import attention
+    >>> attention.resolve("auto", True, "", prefers_cudnn=True, lengths=1500).backend
+    'flash'
+    ```
+    """
+    if requested != "auto":
+        return AttentionChoice(requested, "asked for")
+    if not sdpa_runs_segments:
+        return AttentionChoice("unchanged", other)
+    if not prefers_cudnn:
+        return AttentionChoice("unchanged", "PyTorch does not prefer cuDNN on this device")
+    if 0 < lengths <= CUDNN_MAX_LENGTHS:
+        return AttentionChoice("unchanged", f"{lengths} different lengths, for which cuDNN's plans pay")
+    many = f"{lengths} different lengths" if lengths else "lengths that are not known"
+    return AttentionChoice("flash", f"cuDNN would build a plan for each of {many}")
+
+
+@contextmanager
+def applied(choice: AttentionChoice) -> Iterator[None]:
+    """Let PyTorch's SDPA use the chosen kernel in this process, and what it used before afterwards."""
+    import torch
+
+    cuda = torch.backends.cuda
+    switches = {
+        "cudnn": (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+        "flash": (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        "efficient": (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    }
+    before = {name: is_on() for name, (is_on, _) in switches.items()}
+    # Preferred in the order of PyTorch's own list behind it, which the math kernel ends: shapes it cannot do still run.
+    allowed = {"cudnn": _KERNELS, "flash": _KERNELS[1:], "efficient": _KERNELS[2:]}.get(choice.backend)
+    try:
+        if allowed:
+            for name, (_, enable) in switches.items():
+                enable(name in allowed)
+        yield
+    finally:
+        for name, (_, enable) in switches.items():
+            enable(before[name])

@@ -1,0 +1,68 @@
+"""
+Whether activations are kept or recomputed in the backward.
+
+Recomputing costs about a third of a step's arithmetic. It is worth that only where micro-batches without it would be so
+small that launching their kernels takes longer than running them.
+"""
+
+from dataclasses import dataclass
+
+# Below it a micro-batch takes about as long as its launches: measured for 1B and 8B dims on an H200.
+LAUNCH_BOUND_TOKENS = 4096
+_RECOMPUTE = 4 / 3
+
+
+@dataclass(frozen=True)
+class CheckpointingChoice:
+    mode: str  # "none" | "unsloth" | "unchanged"
+    reason: str  # one clause, shown in the start-up table
+
+
+def step_cost(rank_tokens: float, token_budget: int, checkpointing: bool) -> float:
+    """
+    Estimated time of one rank's step, in tokens of a large micro-batch without recomputation.
+
+    Args:
+        rank_tokens (`float`): Tokens of a rank in a step.
+        token_budget (`int`): Most tokens of a micro-batch.
+        checkpointing (`bool`): Whether activations are recomputed.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.policies.checkpointing import step_cost
+    >>> step_cost(8192, 8192, False), step_cost(8192, 1024, False)
+    (8192.0, 32768.0)
+    ```
+    """
+    if token_budget <= 0:
+        return float("inf")
+    micro_batches = max(1, -(-rank_tokens // token_budget))
+    return micro_batches * max(rank_tokens / micro_batches, LAUNCH_BOUND_TOKENS) * (_RECOMPUTE if checkpointing else 1)
+
+
+def resolve(
+    requested: str, asked_by_script: bool, without: int, with_: int, longest: int, rank_tokens: float
+) -> CheckpointingChoice:
+    """
+    Choose by estimated time.
+
+    Args:
+        requested (`str`): `"auto"`, `"none"` or `"unsloth"`.
+        asked_by_script (`bool`): Whether the script said what it wants; then that is kept.
+        without (`int`): Largest micro-batch in tokens that fits without checkpointing; 0 if not known.
+        with_ (`int`): And with it.
+        longest (`int`): Tokens of the longest sample.
+        rank_tokens (`float`): Mean tokens of a rank in a step.
+    """
+    if requested != "auto":
+        return CheckpointingChoice(requested, "asked for")
+    if asked_by_script:
+        return CheckpointingChoice("unchanged", "as the script asked")
+    if not without:
+        return CheckpointingChoice("unchanged", "memory is not planned here")
+    if longest > without:
+        return CheckpointingChoice("unsloth", f"the longest sample has {longest} tokens, and {without} fit without it")
+    if step_cost(rank_tokens, without, False) <= step_cost(rank_tokens, with_, True):
+        return CheckpointingChoice("none", f"{without:,} tokens fit without it, and recomputing costs a third")
+    return CheckpointingChoice("unsloth", f"only {without:,} tokens fit without it, too few to fill the GPU")

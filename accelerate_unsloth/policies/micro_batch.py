@@ -1,0 +1,69 @@
+"""
+How an effective batch is cut into micro-batches.
+
+The effective batch is the user's; the cut changes neither samples nor loss. `auto` forms as few micro-batches as the
+memory allows, because each costs its kernel launches; `fixed` keeps the cut of the user's arguments.
+"""
+
+from dataclasses import dataclass
+
+# After an out-of-memory, planned or probed, the next budget is this part of what did not fit.
+BACK_OFF = 0.7
+
+
+@dataclass(frozen=True)
+class MicroBatchChoice:
+    mode: str  # "fixed" | "auto"
+    token_budget: int | None  # most tokens of a micro-batch, under "auto"
+    reason: str  # one clause, shown in the start-up table
+
+
+def resolve(
+    requested: str, lengths_known: bool, in_step: bool, most_tokens: int | None, fits: int | None, longest: int
+) -> MicroBatchChoice:
+    """
+    Choose the cut.
+
+    Args:
+        requested (`str`): `"auto"` or `"fixed"`.
+        lengths_known (`bool`): Whether the length of each sample is known.
+        in_step (`bool`): Whether ranks meet in every micro-step, and so need as many micro-batches each.
+        most_tokens (`int`, *optional*): Largest micro-batch that the user allows, in tokens.
+        fits (`int`, *optional*): Largest one that fits the smallest memory of all ranks; `None` if not known.
+        longest (`int`): Tokens of the longest sample.
+
+    Raises:
+        ValueError: if the longest sample is above what the user allows.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.policies import micro_batch
+    >>> micro_batch.resolve("auto", True, False, None, fits=30_000, longest=2048).token_budget
+    30000
+    ```
+    """
+    if requested == "fixed":
+        return MicroBatchChoice("fixed", None, "asked for")
+    if not lengths_known:
+        return MicroBatchChoice("fixed", None, "the lengths of the samples are not known")
+    if in_step:
+        return MicroBatchChoice("fixed", None, "overlapped ranks meet in every micro-step")
+    if most_tokens is not None and longest > most_tokens:
+        raise ValueError(
+            f"micro_batch_tokens={most_tokens}, but the longest sample has {longest} tokens. Give at least that many, or "
+            "lower max_length."
+        )
+    if fits is None and most_tokens is None:
+        return MicroBatchChoice("fixed", None, "a CPU gains nothing from larger micro-batches")
+    budgets = [budget for budget in (most_tokens, fits) if budget is not None]
+    # What does not fit alone is tried nevertheless: the arithmetic may be wrong, the probe is not.
+    budget = max(min(budgets), longest)
+    reason = "asked for" if budget == most_tokens else "what the memory holds"
+    return MicroBatchChoice("auto", budget, f"at most {budget:,} tokens each: {reason}")
+
+
+def lowered(choice: MicroBatchChoice, tokens_that_failed: int, longest: int, why: str) -> MicroBatchChoice:
+    """The choice after a micro-batch of so many tokens ran out of memory."""
+    budget = max(longest, int(min(choice.token_budget, tokens_that_failed) * BACK_OFF))
+    return MicroBatchChoice(choice.mode, budget, f"at most {budget:,} tokens each: {why}")

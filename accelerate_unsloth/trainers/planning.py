@@ -1,0 +1,267 @@
+"""
+Which samples run where and in what pieces: the policies of data and memory, resolved when training begins.
+
+The samples of a step follow from the user's arguments alone. Attention kernel, gradient checkpointing and micro-batches
+follow from lengths and memory, and are confirmed by a probe: a forward and backward of the largest planned micro-batch,
+which leaves no trace.
+"""
+
+import contextlib
+import gc
+
+from ..engines import kernels
+from ..engines.loaded import choice
+
+# isort: split
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from .. import memory
+from ..channel import channel
+from ..data.balance import RowCost
+from ..data.lengths import lengths_of
+from ..data.loader import PlannedDataLoader
+from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
+from ..policies import attention, checkpointing, micro_batch
+
+_PROBED_STEPS = 1000
+
+
+class PlanningMixin:
+    """Dealing samples, and the policies behind it, for [`DistributedTrainerMixin`]."""
+
+    def __init__(self, *args, **kwargs):
+        self.attention = self.checkpointing = self.micro_batch = None
+        self._train_lengths = None
+        super().__init__(*args, **kwargs)
+
+    # ---- Data ----
+
+    def plans_samples(self, dataset) -> bool:
+        """Whether the samples of a data set can be dealt exactly, which takes a length and random access."""
+        return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+    @property
+    def balances_tokens(self) -> bool:
+        """Whether samples are dealt to ranks by cost instead of by number."""
+        return self.plugin.balance_tokens and self.accelerator.num_processes > 1 and self._train_lengths is not None
+
+    @property
+    def _row_cost(self) -> RowCost:
+        padding_free = getattr(self, "padding_free", False) or getattr(self.args, "padding_free", False)
+        shape = memory.ModelShape.from_config(self.model.config)
+        return RowCost(padded=not padding_free, attention_per_token=shape.attention_per_token if shape else 0.0)
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        """Deal the samples ourselves where we can; predictions, and those for metrics, keep accelerate's loader."""
+        loss_only = description == "Evaluation" and self.compute_metrics is None
+        if not self.plans_samples(dataset) or not (is_training or loss_only):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        if is_training:
+            sampler = self._train_sampler(dataset, batch_size)
+        else:
+            place, lengths = self.accelerator, lengths_of(dataset) if self.plugin.balance_tokens else None
+            sampler = EvaluationSampler(len(dataset), place.num_processes, place.process_index, batch_size, lengths)
+        if hasattr(dataset, "column_names"):
+            dataset, collator = self._remove_unused_columns(dataset, description=description), self.data_collator
+        else:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        workers = self.args.dataloader_num_workers
+        return PlannedDataLoader(
+            dataset,
+            sampler,
+            collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def _train_sampler(self, dataset, batch_size: int) -> EffectiveBatchSampler:
+        self._train_lengths = lengths_of(dataset)
+        return EffectiveBatchSampler(
+            len(dataset),
+            world_size=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            micro_batch=batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+            strategy=self.args.train_sampling_strategy,
+            lengths=self._train_lengths,
+            balance=self.balances_tokens,
+            cost=self._row_cost,
+            in_step=self.gradient_sync.mode == "overlapped",
+        )
+
+    # ---- Policies ----
+
+    def train(self, *args, **kwargs):
+        with contextlib.ExitStack() as self._undo_after_training:
+            return super().train(*args, **kwargs)
+
+    def _resolve_attention(self) -> None:
+        """Choose the attention kernel, for the time of the training."""
+        runs_segments, other = kernels.sdpa_runs_segments(choice.name)
+        lengths = 0 if self._train_lengths is None else len(np.unique(self._train_lengths))
+        self.attention = attention.resolve(
+            self.plugin.attention, runs_segments, other, kernels.prefers_cudnn(), lengths
+        )
+        self._undo_after_training.enter_context(attention.applied(self.attention))
+
+    def _plan_step(self) -> None:
+        """Choose gradient checkpointing and micro-batches, the same on all ranks, and try them."""
+        lengths, sampler = self._train_lengths, self._planned_sampler()
+        longest = 0 if lengths is None or not len(lengths) else int(lengths.max())
+        without, with_ = (self._tokens_that_fit(recompute) for recompute in (False, True))
+        rank_tokens = 0 if sampler is None or lengths is None else float(lengths.mean()) * sampler.effective_batch
+        rank_tokens /= self.accelerator.num_processes
+        asked = getattr(self.model, "_accelerate_unsloth_checkpointing_asked", True)
+        asked = asked or not self.args.gradient_checkpointing
+        plans_memory = self.plugin.micro_batch == "auto" and lengths is not None
+        self.checkpointing = checkpointing.resolve(
+            self.plugin.gradient_checkpointing, asked, without if plans_memory else 0, with_, longest, rank_tokens
+        )
+        self._apply_checkpointing()
+        fits = with_ if kernels.recomputes(self.model) else without
+        self.micro_batch = micro_batch.resolve(
+            self.plugin.micro_batch,
+            lengths is not None and sampler is not None,
+            self.gradient_sync.mode == "overlapped",
+            self.plugin.micro_batch_tokens,
+            fits or None,
+            longest,
+        )
+        if self.micro_batch.mode == "auto":
+            self._probe_until_it_fits(sampler, longest)
+            sampler.token_budget = self.micro_batch.token_budget
+
+    def _planned_sampler(self) -> EffectiveBatchSampler | None:
+        sampler = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
+        return sampler if isinstance(sampler, EffectiveBatchSampler) else None
+
+    def _apply_checkpointing(self) -> None:
+        if self.checkpointing.mode == "unchanged":
+            return
+        before = kernels.set_recomputation(self.model, "unsloth" if self.checkpointing.mode == "unsloth" else False)
+        self._undo_after_training.callback(kernels.set_recomputation, self.model, before)
+
+    def _tokens_that_fit(self, recompute: bool) -> int:
+        """By arithmetic, on the rank with the least memory; 0 where memory is not planned."""
+        shape = memory.ModelShape.from_config(self.model.config)
+        if shape is None or not kernels.plans_memory(choice.name):
+            return 0
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        fitting = memory.tokens_that_fit(
+            shape,
+            memory.read(self.args.device, self.plugin.memory_fraction).left_bytes,
+            sum(p.numel() for p in trainable),
+            max((p.element_size() for p in trainable), default=4),
+            memory.optimizer_bytes(self.args.optim),
+            recompute,
+        )
+        return max(1, min(channel().gather("tokens that fit", fitting)))
+
+    # ---- The probe ----
+
+    def _probe_until_it_fits(self, sampler: EffectiveBatchSampler, longest: int) -> None:
+        """
+        Try the largest planned micro-batch, and plan smaller ones until it fits on every rank.
+
+        Raises:
+            torch.OutOfMemoryError: if not even the longest sample fits, on any rank.
+        """
+        while True:
+            sampler.token_budget = self.micro_batch.token_budget
+            samples = _largest_planned(sampler)
+            tokens = sampler.cost.tokens(self._train_lengths[samples].tolist())
+            fitted = channel().gather("probe", self._probe_fits(samples))
+            if all(fitted):
+                return
+            failed = [rank for rank, fits in enumerate(fitted) if not fits]
+            if len(samples) == 1 or tokens <= longest:
+                if self._recompute_instead(longest):
+                    continue
+                if self.plugin.on_oversized == "skip":
+                    return
+                raise torch.OutOfMemoryError(self._too_long(samples, tokens, failed))
+            why = f"{tokens:,} did not fit on rank {', '.join(map(str, failed))}"
+            self.micro_batch = micro_batch.lowered(self.micro_batch, tokens, longest, why)
+
+    def _recompute_instead(self, longest: int) -> bool:
+        """Take back the choice to keep activations, where it was ours and does not work out."""
+        if self.checkpointing.mode != "none" or self.plugin.gradient_checkpointing == "none":
+            return False
+        self.checkpointing = checkpointing.CheckpointingChoice(
+            "unsloth", f"the longest sample, of {longest} tokens, did not fit without it"
+        )
+        self._apply_checkpointing()
+        return True
+
+    def _probe_fits(self, samples: list[int]) -> bool:
+        """A forward and backward beside a stand-in for the optimizer's state; weights, gradients and dice stay."""
+        batch = self._collate(samples)
+        _, num_items = super().get_batch_samples(iter([batch]), 1, self.args.device)
+        device, trainable = self.args.device, [p for p in self.model.parameters() if p.requires_grad]
+        self.current_gradient_accumulation_steps = 1
+        self._step_items = torch.as_tensor(self._count_items(batch), device=device, dtype=torch.float64)
+        state_bytes = memory.optimizer_bytes(self.args.optim) * sum(p.numel() for p in trainable)
+        if self.optimizer is not None and any(self.optimizer.state.values()):
+            state_bytes = 0  # a resumed run has it already
+        fits, stand_in = True, None
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                stand_in = torch.empty(state_bytes, dtype=torch.uint8, device=device)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                self._learn_at_once(self.model_wrapped, batch, num_items, int(self._step_items))
+            except torch.OutOfMemoryError:
+                fits = False
+        del stand_in
+        for parameter in trainable:
+            parameter.grad = None
+        if device.type != "cuda":
+            return fits
+        peak = torch.cuda.max_memory_allocated(device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return fits and peak <= memory.read(device, self.plugin.memory_fraction).limit_bytes
+
+    def _too_long(self, samples: list[int], tokens: int, ranks: list[int]) -> str:
+        shape = memory.ModelShape.from_config(self.model.config)
+        reading = memory.read(self.args.device, self.plugin.memory_fraction)
+        arithmetic = ""
+        if shape is not None:
+            need = tokens * shape.activation_bytes(kernels.recomputes(self.model)) + shape.workspace_bytes
+            arithmetic = (
+                f" (about {need / memory.GIB:.2f} GiB of activations; {reading.left_bytes / memory.GIB:.2f} GiB left)"
+            )
+        return (
+            f"Sample {samples[0]}, of {tokens} tokens, does not fit the memory of rank {', '.join(map(str, ranks))}"
+            f"{arithmetic}. Use gradient checkpointing, a smaller max_length or 4-bit weights, or set on_oversized='skip' "
+            "to leave such samples out."
+        )
+
+    def _lower_budget(self, tokens_that_failed: int) -> None:
+        """After a rank ran out of memory in a step: plan smaller, on all ranks alike."""
+        failed = [tokens for tokens in channel().gather("out of memory", tokens_that_failed) if tokens]
+        sampler = self._planned_sampler()
+        if sampler is None or sampler.token_budget is None or not failed:
+            return
+        longest = int(self._train_lengths.max())
+        why = f"{min(failed):,} ran out of memory at step {self.state.global_step + 1}"
+        self.micro_batch = micro_batch.lowered(self.micro_batch, min(failed), longest, why)
+        sampler.token_budget = self.micro_batch.token_budget
+        if self.is_world_process_zero():
+            print(f"micro-batches are planned smaller from here on: {self.micro_batch.reason}")
+
+
+def _largest_planned(sampler: EffectiveBatchSampler) -> list[int]:
+    """The micro-batch with the most tokens, over all ranks and (at most 1,000) steps of the epoch."""
+    steps = range(0, sampler.num_steps, max(1, sampler.num_steps // _PROBED_STEPS))
+    batches = (batch for step in steps for batches in sampler.plan(step) for batch in batches)
+    return max(batches, key=lambda batch: sampler.cost.tokens(sampler.lengths[batch].tolist()))
