@@ -14,7 +14,7 @@ import json
 import random
 import time
 
-from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer
+from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
 
 # isort: split
 import datasets
@@ -23,11 +23,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 STEPS = 5
-KERNELS = {
-    "cudnn": (True, False, False),
-    "flash": (False, True, False),
-    "efficient": (False, False, True),
-}
+KERNELS = ("cudnn", "flash", "efficient")
 
 
 class Meter(TrainerCallback):
@@ -62,12 +58,9 @@ def lengths_of(kind: str, tokens: int, generator: random.Random) -> list[int]:
     return lengths
 
 
-def measure(model, tokenizer, kind: str, tokens: int, checkpointing, kernel: str, steps: int = STEPS) -> dict:
-    for name, on in zip(("cudnn", "flash", "mem_efficient"), KERNELS[kernel], strict=True):
-        getattr(torch.backends.cuda, f"enable_{name}_sdp")(on)
-    model._unsloth_gradient_checkpointing = checkpointing
+def measure(model, tokenizer, kind: str, tokens: int, checkpointing: str, kernel: str, steps: int = STEPS) -> dict:
     generator = random.Random(0)
-    rows, samples = [], 0
+    rows = []
     per_step = [lengths_of(kind, tokens, generator) for _ in range(steps)]
     samples = max(map(len, per_step))
     for lengths in per_step:
@@ -76,6 +69,7 @@ def measure(model, tokenizer, kind: str, tokens: int, checkpointing, kernel: str
     arguments = SFTConfig(
         "/tmp/step_cost",
         per_device_train_batch_size=samples,
+        gradient_accumulation_steps=1,
         max_steps=steps,
         max_length=8192,
         optim="adamw_8bit",
@@ -86,11 +80,12 @@ def measure(model, tokenizer, kind: str, tokens: int, checkpointing, kernel: str
         bf16=True,
         train_sampling_strategy="sequential",
     )
+    plugin = UnslothPlugin(micro_batch="fixed", gradient_checkpointing=checkpointing, attention=kernel)
     meter = Meter()
-    case = {"lengths": kind, "tokens": tokens, "checkpointing": bool(checkpointing), "kernel": kernel}
+    case = {"lengths": kind, "tokens": tokens, "checkpointing": checkpointing, "kernel": kernel}
     try:
         trainer = SFTTrainer(
-            model, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+            model, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, plugin=plugin
         )
         trainer.add_callback(meter)
         trainer.train()
@@ -116,7 +111,7 @@ def measure(model, tokenizer, kind: str, tokens: int, checkpointing, kernel: str
 
 def cases(which: str, sizes: list[int]) -> list[tuple]:
     if which == "memory":
-        return [("lognormal", tokens, mode, "flash") for mode in ("unsloth", False) for tokens in sizes]
+        return [("lognormal", tokens, mode, "flash") for mode in ("none", "unsloth") for tokens in sizes]
     return [
         (kind, tokens, "unsloth", kernel)
         for kind, tokens in (

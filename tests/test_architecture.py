@@ -37,6 +37,7 @@ ROOMS += [
     "agreement",
     "report",
     "trainers",
+    "bench",
     "cli",
 ]
 

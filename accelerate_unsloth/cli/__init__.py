@@ -2,6 +2,7 @@
 
 import typer
 
+from .bench import bench
 from .config import app as config_app
 
 app = typer.Typer(
@@ -11,6 +12,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(config_app, name="config")
+app.command()(bench)
 
 
 @app.callback(invoke_without_command=True)

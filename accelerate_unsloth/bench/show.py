@@ -1,0 +1,101 @@
+"""The figures of a benchmark as a table, as JSON and as a chart."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_VERSIONS = ("accelerate_unsloth", "unsloth", "trl", "transformers", "accelerate", "peft", "torch", "bitsandbytes")
+
+
+def hardware() -> dict:
+    """GPUs, processor and versions that figures were measured on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    versions = {name: _version(name) for name in _VERSIONS}
+    return {"gpus": gpus, "processor": platform.processor() or platform.machine(), "versions": versions}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+def print_table(results: list[dict]) -> None:
+    """One line a run; `x` compares it with the best plain run of as many processes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="accelerate-unsloth bench", title_justify="left", pad_edge=False)
+    for heading in ("run", "tokens/s", "x", "end to end s", "start-up s", "imbalance", "GPU GiB", "host GiB", "loss"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for result in results:
+        if "error" in result:
+            table.add_row(result["name"], f"failed with status {result['error']}")
+            continue
+        startup_s = result["end_to_end_s"] - result["phases_s"]["trained"] - result["phases_s"]["saved"]
+        table.add_row(
+            result["name"],
+            _number(result["tokens_per_second"], ",.0f"),
+            _number(ratio_to_plain(result, results), ".2f"),
+            _number(result["end_to_end_s"], ".0f"),
+            _number(startup_s, ".0f"),
+            _number(result["imbalance"], ".3f"),
+            _number(max((p for p in result["peak_gib"] if p is not None), default=None), ".1f"),
+            _number(result["peak_host_gib"], ".1f"),
+            _number(result["losses"][-1] if result["losses"] else None, ".4f"),
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+
+
+def ratio_to_plain(result: dict, results: list[dict]) -> float | None:
+    """Tokens per second over those of the best plain run of as many processes; `None` without one."""
+    plain = [
+        other["tokens_per_second"]
+        for other in results
+        if other.get("how") == "plain" and other["processes"] == result["processes"] and other["tokens_per_second"]
+    ]
+    return result["tokens_per_second"] / max(plain) if plain and result["tokens_per_second"] else None
+
+
+def write_json(results: list[dict], workload: dict, file: Path) -> None:
+    file.write_text(json.dumps({"hardware": hardware(), "workload": workload, "runs": results}, indent=1))
+
+
+def write_chart(results: list[dict], file: Path) -> None:
+    """Bars of tokens/s, and tokens/s over the number of processes beside a line of perfect scaling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = [result for result in results if result.get("tokens_per_second")]
+    figure, (bars, scaling) = pyplot.subplots(1, 2, figsize=(13, 1.5 + 0.4 * max(6, len(done))))
+    colours = ["tab:blue" if result["how"] == "ours" else "tab:gray" for result in done]
+    bars.barh([result["name"] for result in done], [result["tokens_per_second"] for result in done], color=colours)
+    bars.invert_yaxis()
+    bars.set_xlabel("tokens/s, all processes")
+    for how in ("plain", "trl", "ours"):
+        best = {}
+        for result in done:
+            if result["how"] == how and not result["environment"]:
+                best[result["processes"]] = max(best.get(result["processes"], 0), result["tokens_per_second"])
+        if best:
+            counts = sorted(best)
+            scaling.plot(counts, [best[count] for count in counts], marker="o", label=how)
+            scaling.plot(counts, [best[counts[0]] * count / counts[0] for count in counts], ls=":", color="lightgray")
+    scaling.set_xlabel("processes")
+    scaling.set_ylabel("tokens/s (dotted: perfect scaling)")
+    if done:
+        scaling.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _number(value, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,69 @@
+"""`accelerate-unsloth bench`: plain Unsloth, ours, and our choices one by one, on this machine."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.png and each run's log.")] = Path(
+        "bench"
+    ),
+    model: Annotated[str, typer.Option(help="8b, 1b or 135m with random weights, or the folder of a model.")] = "8b",
+    data: Annotated[Path | None, typer.Option(help="JSON Lines with a `text` column; made if not given.")] = None,
+    samples: Annotated[int, typer.Option(help="Rows of the data that is made.")] = 4096,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 40,
+    effective_batch: Annotated[int, typer.Option(help="Samples of an optimizer step.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Longest sample in tokens.")] = 2048,
+    processes: Annotated[
+        str, typer.Option(help="Numbers of processes, such as 1,2,4; by default 1 and all GPUs.")
+    ] = "",
+    plain_batches: Annotated[str, typer.Option(help="Per-device batches of plain Unsloth.")] = "4,8,16",
+    batch: Annotated[int, typer.Option(help="Per-device batch that ours is given.")] = 16,
+    load_in_4bit: Annotated[bool, typer.Option(help="Quantize the weights.")] = True,
+    with_trl: Annotated[bool, typer.Option(help="Also TRL and PEFT without Unsloth.")] = False,
+    ablation: Annotated[bool, typer.Option(help="Take our choices back one by one.")] = True,
+    quick: Annotated[bool, typer.Option(help="A tiny model on CPU processes: a look at the command.")] = False,
+) -> None:
+    """Measure tokens/s, start-up, memory and losses of the same fine-tune in separate launches."""
+    from ..bench import show, workload
+    from ..bench.plans import plan
+    from ..bench.runs import Workload, measure
+
+    out = out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    made = "quick" if quick else model
+    folder = workload.make_model(made, out / made) if made in workload.DIMENSIONS else Path(model).absolute()
+    data = data or workload.make_data(out / "data.jsonl", 48 if quick else samples, *((4.0, 0.8) if quick else ()))
+    if quick:
+        counts = [1, 2]
+        runs = [run for run in plan(counts, [2], batch=2) if run.how == "ours"]
+        work = Workload(str(folder), str(data), 3, 8, 128, load_in_4bit=False, optim="adamw_torch", cpu=True)
+    else:
+        counts = [int(count) for count in processes.split(",") if count] or sorted({1, max(1, _gpus())})
+        sizes = [int(size) for size in plain_batches.split(",") if size]
+        runs = plan(counts, sizes, batch, with_trl, ablation)
+        work = Workload(str(folder), str(data.absolute()), steps, effective_batch, max_length, load_in_4bit)
+    for run in runs:
+        if effective_batch % (run.batch * run.processes) and not quick:
+            raise typer.BadParameter(
+                f"effective batch {effective_batch} is not a multiple of batch {run.batch} x processes {run.processes}"
+            )
+    results = []
+    for run in runs:
+        typer.echo(f"{run.name} ...")
+        results.append(measure(run, work, out / run.name.replace(" ", "_")))
+        show.write_json(results, asdict(work), out / "results.json")
+    show.print_table(results)
+    show.write_chart(results, out / "results.png")
+    typer.echo(f"results.json and results.png are in {out}")
+    if any("error" in result for result in results):
+        raise typer.Exit(1)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
