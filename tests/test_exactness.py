@@ -16,6 +16,22 @@ RUNS = {
     "two": (2, 2, {"evaluate": True}),
     "four": (4, 1, {}),
     "two, rank means asked for": (2, 2, {"args": {"average_tokens_across_devices": False}}),
+    "two, dealt by number": (2, 2, {"plugin": {"balance_tokens": False}}),
+    "two, planned micro-batches": (
+        2,
+        1,
+        {"args": {"per_device_train_batch_size": 2}, "plugin": {"micro_batch_tokens": 200}},
+    ),
+    "two, more micro-batches than asked": (
+        2,
+        1,
+        {"args": {"per_device_train_batch_size": 2}, "plugin": {"micro_batch_tokens": 115}},
+    ),
+    "one, planned micro-batches": (
+        1,
+        1,
+        {"args": {"per_device_train_batch_size": 4}, "plugin": {"micro_batch_tokens": 250}},
+    ),
     "two, overlapped": (2, 2, {"plugin": {"gradient_sync": "overlapped"}}),
     "two, no all-reduce": (2, 2, {"sabotage": "no all-reduce"}),
     "two, mean of rank means": (2, 2, {"sabotage": "mean of rank means"}),
@@ -53,7 +69,7 @@ def difference(first, second, rank=0):
     return loss, float(weight)
 
 
-@pytest.mark.parametrize("other", ["two", "four", "two, rank means asked for", "two, overlapped"])
+@pytest.mark.parametrize("other", [name for name in RUNS if name != "one" and "sabotage" not in RUNS[name][2]])
 def test_several_processes_give_the_losses_and_weights_of_one(run, other):
     loss, weight = difference(run("one"), run(other))
     assert loss < 1e-5
@@ -64,6 +80,12 @@ def test_several_processes_give_the_losses_and_weights_of_one(run, other):
 def test_the_comparison_notices_a_broken_reduction(run, broken):
     loss, weight = difference(run("one"), run(broken))
     assert max(loss, weight) > 1e-3
+
+
+def test_samples_are_dealt_by_tokens_unless_told_otherwise(run):
+    assert result(run("two"))["samples_dealt"] == "balanced"
+    assert result(run("two, dealt by number"))["samples_dealt"] == "planned"
+    assert result(run("two, planned micro-batches"))["micro_batch_tokens"] == 200
 
 
 def test_all_ranks_end_with_the_same_weights(run):

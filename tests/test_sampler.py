@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accelerate_unsloth.data.balance import RowCost
 from accelerate_unsloth.data.sampler import EffectiveBatchSampler, EvaluationSampler, deal, epoch_order
 
 LAUNCH = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))  # processes, accumulation, micro-batch
@@ -44,7 +45,8 @@ def effective_batches(ranks):
         sorted(
             index
             for stream in streams
-            for micro_batch in stream[step * accumulation : (step + 1) * accumulation]
+            for micro_step in stream[step * accumulation : (step + 1) * accumulation]
+            for micro_batch in micro_step
             for index in micro_batch
             if index >= 0
         )
@@ -52,28 +54,70 @@ def effective_batches(ranks):
     ]
 
 
-@given(st.integers(1, 90), LAUNCH)
-@settings(max_examples=200, deadline=None)
-def test_every_sample_comes_exactly_once_an_epoch(num_samples, launch):
-    batches = effective_batches(samplers(num_samples, launch))
-    assert sorted(index for batch in batches for index in batch) == list(range(num_samples))
+LENGTHS = [(97 * i) % 61 + 1 for i in range(90)]
+
+# How samples may be dealt; none of it may change the effective batches.
+WAYS = {
+    "by number": {},
+    "by number, in step": {"in_step": True},
+    "by tokens": {"balance": True},
+    "by tokens, in step": {"balance": True, "in_step": True},
+    "padded": {"balance": True, "cost": RowCost(padded=True)},
+    "padded, in step": {"balance": True, "cost": RowCost(padded=True), "in_step": True},
+    "to a budget": {"balance": True, "token_budget": 64},
+    "padded, to a budget": {"balance": True, "cost": RowCost(padded=True), "token_budget": 64},
+    "by number, to a budget": {"token_budget": 64},
+}
 
 
+def ways(num_samples, launch, way):
+    options = dict(WAYS[way])
+    budget = options.pop("token_budget", None)
+    ranks = samplers(num_samples, launch, lengths=LENGTHS[:num_samples], **options)
+    for sampler in ranks:
+        sampler.token_budget = budget
+    return ranks
+
+
+@pytest.mark.parametrize("way", WAYS)
 @given(st.integers(1, 90), LAUNCH)
-@settings(max_examples=200, deadline=None)
-def test_the_effective_batches_do_not_depend_on_the_cut(num_samples, launch):
+@settings(max_examples=60, deadline=None)
+def test_the_effective_batches_are_those_of_one_process_however_they_are_dealt(way, num_samples, launch):
     world_size, accumulation, micro_batch = launch
     together = effective_batches(samplers(num_samples, (1, 1, world_size * accumulation * micro_batch)))
-    assert effective_batches(samplers(num_samples, launch)) == together
+    assert effective_batches(ways(num_samples, launch, way)) == together
+    assert sorted(index for batch in together for index in batch) == list(range(num_samples))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(st.integers(1, 90), LAUNCH)
+@settings(max_examples=60, deadline=None)
+def test_every_rank_takes_every_micro_step_that_the_trainer_counts(way, num_samples, launch):
+    for sampler in ways(num_samples, launch, way):
+        stream = list(sampler)
+        assert len(stream) == len(sampler)
+        if sampler.in_step:
+            assert all(len(micro_step) == 1 and micro_step[0] for micro_step in stream)
+        elif sampler.token_budget is None:
+            assert all(len(micro_step) <= 1 for micro_step in stream)
+        assert all(micro_batch for micro_step in stream for micro_batch in micro_step)
 
 
 @given(st.integers(1, 90), LAUNCH)
-@settings(max_examples=200, deadline=None)
-def test_every_rank_takes_every_micro_step_within_its_size(num_samples, launch):
+@settings(max_examples=100, deadline=None)
+def test_a_micro_batch_dealt_by_number_keeps_the_size_of_the_arguments(num_samples, launch):
     for sampler in samplers(num_samples, launch):
-        stream = list(sampler)
-        assert len(stream) == len(sampler)
-        assert all(1 <= len(micro_batch) <= sampler.micro_batch for micro_batch in stream)
+        assert all(len(batch) <= sampler.micro_batch for micro_step in sampler for batch in micro_step)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "budget" in way])
+@given(st.integers(1, 90), LAUNCH)
+@settings(max_examples=60, deadline=None)
+def test_no_micro_batch_exceeds_the_budget(way, num_samples, launch):
+    for sampler in ways(num_samples, launch, way):
+        for micro_step in sampler:
+            for batch in micro_step:
+                assert sampler.cost.tokens([LENGTHS[index] for index in batch]) <= 64
 
 
 @given(st.integers(1, 90), LAUNCH)
@@ -118,7 +162,13 @@ def test_an_unknown_strategy_is_named():
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_evaluation_sees_each_sample_once_and_ranks_stay_in_step(num_samples, world_size, batch_size):
-    streams = [list(EvaluationSampler(num_samples, world_size, rank, batch_size)) for rank in range(world_size)]
+    check_evaluation(num_samples, world_size, batch_size, None)
+    check_evaluation(num_samples, world_size, batch_size, LENGTHS[:num_samples])
+
+
+def check_evaluation(num_samples, world_size, batch_size, lengths):
+    place = (num_samples, world_size)
+    streams = [list(EvaluationSampler(*place, rank, batch_size, lengths)) for rank in range(world_size)]
     assert len({len(stream) for stream in streams}) == 1
     for rank, stream in enumerate(streams):
         real = EvaluationSampler(num_samples, world_size, rank, batch_size).num_real

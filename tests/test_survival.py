@@ -170,6 +170,36 @@ def test_a_micro_batch_that_does_not_fit_is_cut_with_the_same_result(
     assert finished.output.count("did not fit the memory and is cut in two") == 1
 
 
+def test_the_probe_plans_smaller_micro_batches_until_they_fit(undisturbed, tiny_model, uneven_data, tmp_path):
+    options = {"args": LARGE, "plugin": {"micro_batch_tokens": 2000}, "memory_tokens": 260}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status == 0, finished.output[-3000:]
+    assert result(tmp_path)["micro_batch_tokens"] <= 260
+    assert result(tmp_path)["micro_batch_tokens"] == result(tmp_path, rank=1)["micro_batch_tokens"]
+    assert "cut in two" not in finished.output
+    assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
+
+
+def test_a_longest_sample_that_cannot_fit_is_refused_before_training(tiny_model, uneven_data, tmp_path):
+    options = {"args": LARGE, "plugin": {"micro_batch_tokens": 2000}, "memory_tokens": 60}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status != 0
+    assert finished.output.count("does not fit the memory of rank 0, 1") == 1
+    assert "'loss'" not in finished.output
+
+
+def test_running_out_of_memory_lowers_the_budget_of_all_ranks(undisturbed, tiny_model, uneven_data, tmp_path):
+    provoke = {"what": "out_of_memory", "step": 1}
+    options = {"args": LARGE, "plugin": {"micro_batch_tokens": 2000}, "provoke": provoke}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status == 0, finished.output[-3000:]
+    assert finished.output.count("micro-batches are planned smaller from here on") == 1
+    budgets = {result(tmp_path, rank)["micro_batch_tokens"] for rank in (0, 1)}
+    assert len(budgets) == 1
+    assert budgets.pop() < 2000
+    assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
+
+
 def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model, uneven_data, tmp_path):
     options = {"args": LARGE, "provoke": {"what": "out_of_memory", "step": 1, "always": True}}
     finished = start(tmp_path, tiny_model, uneven_data, **options)

@@ -64,6 +64,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     )
     if options.get("fill_memory_of_rank") == rank:
         trainer.add_callback(FillMemory())
+    before = trainer.evaluate()["eval_loss"] if options.get("evaluate") else None
     trainer.train(resume_from_checkpoint=options.get("resume"))
     report = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -72,6 +73,8 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "processes_by_gpu": processes_by_gpu(),
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
+    if options.get("evaluate"):
+        report["eval_losses"] = [before, trainer.evaluate()["eval_loss"]]
     if options.get("lifecycle"):
         report["eval_loss"] = trainer.evaluate()["eval_loss"]
         trainer.save_model(str(out / "adapter"))

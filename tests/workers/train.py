@@ -55,6 +55,8 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         plugin=UnslothPlugin(**options.get("plugin", {})),
     )
     sabotage(options.get("sabotage"))
+    if "memory_tokens" in options:
+        limit_memory(model, options["memory_tokens"])
     if "provoke" in options:
         trainer.add_callback(Provoke(**options["provoke"]))
     before = trainer.evaluate() if evaluation is not None else {}
@@ -69,6 +71,8 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "grad_norms": [entry["grad_norm"] for entry in history],
         "num_tokens": [entry["num_tokens"] for entry in history],
         "gradient_sync": trainer.gradient_sync.mode,
+        "micro_batch_tokens": trainer.micro_batch.token_budget,
+        "samples_dealt": "balanced" if trainer.balances_tokens else "planned",
         "mapped_rows": maps,
         "saves": saves,
         "skipped_samples": trainer.skipped_samples,
@@ -105,6 +109,16 @@ def sabotage(how: str | None) -> None:
         reduction.FlatReducer.reduce = lambda self, loss, items, tokens, **options: reduce(
             self, loss, torch.ones_like(items), tokens, **options
         )
+
+
+def limit_memory(model, tokens: int) -> None:
+    """As on a GPU whose memory holds micro-batches of so many tokens, padding included."""
+
+    def check(module, args, kwargs):
+        if module.training and kwargs["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Simulated above {tokens} tokens")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def count_mapped_rows() -> list[int]:

@@ -1,0 +1,86 @@
+"""Level dealing, as a function of numbers."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accelerate_unsloth.data.balance import RowCost, cut, deal_balanced, deal_level
+from accelerate_unsloth.data.lengths import count_lengths, lengths_of, write_lengths
+
+ROWS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
+COSTS = st.sampled_from([RowCost(), RowCost(attention_per_token=4e-5), RowCost(padded=True)])
+
+
+@pytest.mark.parametrize(
+    ("costs", "parts", "expected"),
+    [
+        ([9, 1, 4, 5], 2, [[0, 1], [2, 3]]),
+        ([1, 1, 1], 2, [[0, 2], [1]]),
+        ([7], 3, [[0], [], []]),
+    ],
+)
+def test_the_heaviest_goes_to_the_lightest(costs, parts, expected):
+    assert deal_level(costs, parts) == expected
+
+
+@given(ROWS, st.integers(1, 6), st.integers(1, 4), COSTS)
+@settings(max_examples=200, deadline=None)
+def test_nothing_is_lost_or_doubled_and_no_micro_batch_is_empty(lengths, world_size, count, cost):
+    ranks = deal_balanced(list(range(len(lengths))), lengths, world_size, cost, count)
+    assert len(ranks) == world_size
+    assert all(len(batches) <= count and all(batches) for batches in ranks)
+    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(len(lengths)))
+
+
+@given(ROWS, st.integers(1, 6), COSTS, st.integers(500, 2000))
+@settings(max_examples=200, deadline=None)
+def test_a_budget_is_kept_by_all_micro_batches(lengths, world_size, cost, budget):
+    ranks = deal_balanced(list(range(len(lengths))), lengths, world_size, cost, token_budget=budget)
+    assert all(cost.tokens([lengths[i] for i in batch]) <= budget for batches in ranks for batch in batches)
+    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(len(lengths)))
+
+
+@given(ROWS, st.integers(500, 2000))
+@settings(max_examples=200, deadline=None)
+def test_a_share_is_cut_into_few_micro_batches(lengths, budget):
+    batches = cut(list(range(len(lengths))), lengths, RowCost(), token_budget=budget)
+    assert len(batches) <= 2 * -(-sum(lengths) // budget)  # no worse than any first-fit packing
+
+
+def test_a_sample_above_the_budget_is_named():
+    with pytest.raises(ValueError, match="Sample 8 has 90 tokens, and a micro-batch may hold 80"):
+        deal_balanced([7, 8], [10, 90], 2, RowCost(), token_budget=80)
+
+
+def test_ranks_are_level_on_the_lengths_of_the_benchmark():
+    """16 samples a rank, 4 ranks: the slowest has at most 1.02 times the mean of each of a thousand steps."""
+    generator, cost = np.random.default_rng(0), RowCost(attention_per_token=3.8e-5)
+    for _ in range(1000):
+        lengths = np.clip(generator.lognormal(6.9, 1.0, 64) / 3.2, 1, 2048).astype(int).tolist()
+        ranks = deal_balanced(list(range(64)), lengths, 4, cost)
+        loads = [sum(cost.of(lengths[i]) for batch in batches for i in batch) for batches in ranks]
+        assert max(loads) / (sum(loads) / 4) <= 1.02
+
+
+def test_padded_rows_meet_their_like():
+    ranks = deal_balanced(list(range(6)), [100, 10, 90, 9, 11, 12], 2, RowCost(padded=True))
+    assert sorted(sorted(batch) for batches in ranks for batch in batches) == [[0, 2], [1, 3, 4, 5]]
+
+
+def test_lengths_are_those_of_the_rows_also_after_a_selection(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 0, 5)]})
+    assert count_lengths(rows).tolist() == [3, 1, 0, 5]
+    assert lengths_of(rows.select([3, 0])).tolist() == [5, 3]
+    assert lengths_of(rows.remove_columns("input_ids")) is None
+
+
+def test_lengths_beside_a_data_set_are_read_from_there(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 5)]})
+    rows.save_to_disk(tmp_path)
+    write_lengths(rows, tmp_path)
+    stored = Dataset.load_from_disk(tmp_path)
+    assert isinstance(lengths_of(stored), np.memmap)
+    assert lengths_of(stored).tolist() == [3, 1, 5]
+    assert lengths_of(stored.select([2])).tolist() == [5]  # not the file's, which are of all rows
