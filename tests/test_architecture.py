@@ -36,7 +36,9 @@ ROOMS += [
     "agreement",
     "report",
     "trainers",
+    "patch",
     "cli",
+    "__main__",
 ]
 
 
