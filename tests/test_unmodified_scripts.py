@@ -8,7 +8,7 @@ from .launching import ROOT, WORKERS, launch
 
 pytestmark = pytest.mark.launch
 
-ENABLE = "import accelerate_unsloth; accelerate_unsloth.enable_multi_gpu()"
+ENABLE = "import accelerate_unsloth\n\naccelerate_unsloth.enable_multi_gpu()"
 # The recent script as the explicit imports want it; bf16 on a CPU has to be said there.
 EXPLICIT = {
     "from unsloth import FastLanguageModel": "from accelerate_unsloth import FastLanguageModel",
@@ -18,12 +18,10 @@ EXPLICIT = {
 UNTOUCHED = "# nothing of accelerate_unsloth"
 
 
-def rewritten(name, first_line, replacements, folder):
-    """A copy of a worker with another first line."""
-    lines = (WORKERS / name).read_text().split("\n")
-    assert lines[0].startswith(ENABLE)
-    text = "\n".join([first_line, *lines[1:]])
-    for old, new in replacements.items():
+def rewritten(name, beginning, replacements, folder):
+    """A copy of a worker that does not begin with `ENABLE`."""
+    text = (WORKERS / name).read_text()
+    for old, new in {ENABLE: beginning, **replacements}.items():
         assert old in text
         text = text.replace(old, new)
     script = folder / name

@@ -217,7 +217,7 @@ def _enable(options: Options) -> None:
     plugin, patches = options.resolve_plugin(), []
     try:
         for name, value in _environment(options, plugin).items():
-            patches.append(ledger.patch(os.environ, name, value))  # noqa: PERF401 (each is noted as it is made)
+            patches.append(ledger.patch(os.environ, name, value))
         from . import points  # loads the engine
 
         on_cpu = status.visible_gpus() == 0

@@ -1,4 +1,6 @@
-import accelerate_unsloth; accelerate_unsloth.enable_multi_gpu()  # noqa: E702, I001  the only line that is not a notebook's
+import accelerate_unsloth
+
+accelerate_unsloth.enable_multi_gpu()
 from unsloth import FastLanguageModel
 import torch  # noqa: F401
 import sys
