@@ -16,6 +16,11 @@ _PUBLIC = {
     "SFTTrainer": "trainers.sft",
     "DistributedTrainerMixin": "trainers.mixin",
     "UnslothPlugin": "plugin",
+    "enable_multi_gpu": "patch",
+    "disable_multi_gpu": "patch",
+    "is_multi_gpu_enabled": "patch",
+    "get_multi_gpu_status": "patch",
+    "get_active_config": "patch",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -21,7 +21,23 @@ def command(num_processes: int, config: str = "unsloth_ddp") -> str:
     ```
     """
     words = ["accelerate", "launch", "--num_processes", str(num_processes), "--config_file", str(configs.path(config))]
-    return shlex.join([*words, *sys.argv])
+    return shlex.join([*words, *_script()])
+
+
+def _script() -> list[str]:
+    """The running script, or `-m` and the running module, with its arguments."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return sys.argv if spec is None else ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+
+
+def needed(num_processes: int, visible_gpus: int) -> str:
+    """What to say to someone who asked for `num_processes` and started one."""
+    where = "" if visible_gpus else " as a dry run on the CPU, because no GPU is visible"
+    config = "unsloth_ddp" if visible_gpus else "unsloth_ddp_cpu"
+    return (
+        f"accelerate_unsloth: num_gpus={num_processes} takes {num_processes} processes, and this script was started as "
+        f"1. Start it with{where}:\n  {command(num_processes, config)}"
+    )
 
 
 def show(visible_gpus: int) -> None:

@@ -1,5 +1,6 @@
 """The list of everything this library has changed in other modules' memory, so that it can be undone."""
 
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,12 +9,16 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Patch:
-    """One replaced attribute: `owner.name` was `original` and is now `replacement`."""
+    """One replaced attribute, or entry of a mapping: `owner.name` was `original` and is now `replacement`."""
 
     owner: Any
     name: str
     original: Any
     replacement: Any
+
+    @property
+    def had_original(self) -> bool:
+        return self.original is not _ABSENT
 
 
 @dataclass
@@ -36,22 +41,49 @@ class Ledger:
 
     patches: list[Patch] = field(default_factory=list)
 
-    def patch(self, owner: Any, name: str, replacement: Any) -> None:
-        """Set `owner.name`, and remember what it was on the owner itself (not on its class)."""
-        self.patches.append(Patch(owner, name, vars(owner).get(name, _ABSENT), replacement))
-        setattr(owner, name, replacement)
+    def patch(self, owner: Any, name: str, replacement: Any) -> Patch:
+        """
+        Set `owner.name`, and remember what it was on the owner itself (not on its class).
+
+        Args:
+            owner (`Any`): A module, a class, or a mapping such as `sys.modules`, whose entry is set instead.
+            name (`str`): The attribute, or the key.
+            replacement (`Any`): Its new value.
+
+        Returns:
+            [`Patch`]: to undo this one alone.
+        """
+        patch = Patch(owner, name, _slots(owner).get(name, _ABSENT), replacement)
+        self.patches.append(patch)
+        _set(owner, name, replacement)
+        return patch
 
     def holds(self, owner: Any, name: str) -> bool:
         return any(patch.owner is owner and patch.name == name for patch in self.patches)
 
-    def undo(self) -> None:
-        """Restore every attribute, last patch first."""
-        while self.patches:
-            patch = self.patches.pop()
-            if patch.original is _ABSENT:
-                delattr(patch.owner, patch.name)
-            else:
-                setattr(patch.owner, patch.name, patch.original)
+    def undo(self, patches: Iterable[Patch] | None = None) -> None:
+        """Restore every attribute, or only those of `patches`; last patch first."""
+        chosen = {id(patch) for patch in (self.patches if patches is None else patches)}
+        for patch in [patch for patch in reversed(self.patches) if id(patch) in chosen]:
+            _set(patch.owner, patch.name, patch.original)
+            self.patches = [other for other in self.patches if other is not patch]
+
+
+def _slots(owner: Any):
+    return owner if isinstance(owner, MutableMapping) else vars(owner)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute or an entry; `_ABSENT` removes it."""
+    if isinstance(owner, MutableMapping):
+        if value is _ABSENT:
+            owner.pop(name, None)
+        else:
+            owner[name] = value
+    elif value is _ABSENT:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
 
 
 ledger = Ledger()

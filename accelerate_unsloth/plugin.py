@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PREFIX = "ACCELERATE_UNSLOTH_"
+ENABLE = PREFIX + "ENABLE"
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
@@ -156,6 +157,16 @@ class UnslothPlugin:
         return [self.ddp_kwargs()]
 
 
+def enabled_by_environment() -> bool:
+    """
+    What `ACCELERATE_UNSLOTH_ENABLE` says to `python -m accelerate_unsloth`; true where it is not set.
+
+    Raises:
+        ValueError: if it is neither true nor false.
+    """
+    return _parse(ENABLE, os.environ.get(ENABLE, "1"), bool, 0)
+
+
 def _parse(source: str, value: Any, hint: Any, minimum: int) -> Any:
     """Check `value` of the option or variable `source` against its type, reading it from text if it is text."""
     if get_origin(hint) is Literal:
@@ -193,7 +204,7 @@ def _parse_fraction(source: str, value: Any) -> float:
 
 
 def _reject_unknown_variables(options: set[str]) -> None:
-    known = {PREFIX + option.upper() for option in options}
+    known = {ENABLE, *(PREFIX + option.upper() for option in options)}
     for variable in os.environ:
         if variable.startswith(PREFIX) and variable not in known:
             close = difflib.get_close_matches(variable, known, n=1)

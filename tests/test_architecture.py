@@ -38,7 +38,9 @@ ROOMS += [
     "report",
     "trainers",
     "bench",
+    "patch",
     "cli",
+    "__main__",
 ]
 
 

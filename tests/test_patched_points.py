@@ -46,6 +46,9 @@ POINTS = {
     "accelerate:PartialState.local_main_process_first": ["self"],
     "accelerate.utils:DDPCommunicationHookType": [],
     "transformers:TrainingArguments._setup_devices": [],
+    "transformers:TrainingArguments.__post_init__": ["self"],
+    "trl.trainer:SFTTrainer.__init__": ["self", "model", "args"],
+    "trl.trainer.sft_trainer:SFTTrainer.__init__": ["self", "model", "args"],
     "torch.distributed:rendezvous": ["url"],
     "datasets:Dataset.save_to_disk": ["self", "dataset_path"],
 }  # fmt: skip

@@ -1,0 +1,44 @@
+"""
+An Unsloth script that stays as it is, on all GPUs: the first two lines of code are the only ones that are new.
+
+    accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/quick_start.py MODEL OUT
+
+MODEL is a hub id or folder, and OUT takes the adapter. Without GPUs it is a dry run with transformers and PEFT; for two
+processes on the CPU launch with `unsloth_ddp_cpu`. `python examples/demo/make_model.py .demo/model` makes a small model.
+"""
+
+import accelerate_unsloth
+
+accelerate_unsloth.enable_multi_gpu()
+
+# isort: split
+import sys
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from unsloth import FastLanguageModel
+
+model_name, output_dir = sys.argv[1:3]
+model, tokenizer = FastLanguageModel.from_pretrained(model_name, max_seq_length=128, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
+questions = [(a, b) for a in range(1, 9) for b in range(1, 5)]
+dataset = Dataset.from_list(
+    [{"prompt": f"What is {a} times {b}? ", "completion": f"{a} times {b} is {a * b}."} for a, b in questions]
+)
+trainer = SFTTrainer(
+    model=model,
+    processing_class=tokenizer,
+    train_dataset=dataset,
+    args=SFTConfig(
+        output_dir,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    ),
+)
+trainer.train()
+trainer.save_model()
