@@ -16,6 +16,7 @@ _PUBLIC = {
     "SFTTrainer": "trainers.sft",
     "DistributedTrainerMixin": "trainers.mixin",
     "UnslothPlugin": "plugin",
+    "DeviceManager": "devices",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -15,6 +15,9 @@ PACKAGE = ROOT / "accelerate_unsloth"
 ROOMS = [
     "_version",
     "ledger",
+    "nvml",
+    "visibility",
+    "devices",
     "configs",
     "plugin",
     "topology",
@@ -32,10 +35,12 @@ ROOMS += [
     "reduction",
     "engines",
     "policies",
+    "environment",
     "data",
     "agreement",
     "report",
     "trainers",
+    "self_test",
     "cli",
 ]
 

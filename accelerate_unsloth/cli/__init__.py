@@ -3,6 +3,7 @@
 import typer
 
 from .config import app as config_app
+from .env import env
 
 app = typer.Typer(
     name="accelerate-unsloth",
@@ -11,6 +12,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(config_app, name="config")
+app.command()(env)
 
 
 @app.callback(invoke_without_command=True)
