@@ -4,6 +4,7 @@ import typer
 
 from .config import app as config_app
 from .env import env
+from .test import test
 
 app = typer.Typer(
     name="accelerate-unsloth",
@@ -13,6 +14,7 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.command()(env)
+app.command()(test)
 
 
 @app.callback(invoke_without_command=True)

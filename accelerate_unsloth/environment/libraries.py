@@ -30,14 +30,13 @@ def load(timeout_s: int = 180) -> Loaded:
     """Import them in a process of their own."""
     path = os.pathsep.join(filter(None, [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "accelerate_unsloth.environment.probe"]
+    environment = os.environ | {"PYTHONPATH": path}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=timeout_s,
-            env=os.environ | {"PYTHONPATH": path},
-        )  # fmt: skip
+        done = subprocess.run(command, timeout=timeout_s, env=environment, **streams)
     except subprocess.TimeoutExpired as error:
         return read((error.stdout or b"").decode(), f"had not ended after {timeout_s} s")
-    return read(done.stdout, _how_it_ended(done.returncode))
+    return read(done.stdout.decode(), _how_it_ended(done.returncode))
 
 
 def read(output: str, how_it_ended: str) -> Loaded:
