@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 SAMPLES = 24
-_WORDS = "every token of each rank counts once and all of them train a single model however the batch is cut".split()
+_SENTENCE = "every token of each rank counts once and all others train a single model however the batch is cut"
+_WORDS = _SENTENCE.split()
 
 
 def make_texts(samples: int = SAMPLES, seed: int = 0) -> list[str]:
     """
-    Texts of 2 to 48 words.
+    Texts of 2 to 48 words: the same sentence over and over from a random word on, which is soon learned.
 
     Example:
 
@@ -26,7 +27,9 @@ def make_texts(samples: int = SAMPLES, seed: int = 0) -> list[str]:
     ```
     """
     generator = random.Random(seed)
-    return [" ".join(generator.choices(_WORDS, k=generator.choice([2, 8, 48]))) for _ in range(samples)]
+    cycle = _WORDS * 4
+    starts = [(generator.randrange(len(_WORDS)), generator.choice([2, 8, 48])) for _ in range(samples)]
+    return [" ".join(cycle[start : start + words]) for start, words in starts]
 
 
 def make_tokenizer():
