@@ -129,4 +129,4 @@ def test_the_command_notices_ranks_that_do_not_meet(tmp_path):
     )
     done = command(CLI, tmp_path, {"PYTHONPATH": f"{ROOT}:{tmp_path}"})
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "[failed]" in done.stdout
+    assert "[failed] the losses are those of one process" in done.stdout
