@@ -94,10 +94,10 @@ def test_an_order_that_only_cuda_knows_is_said_to_be_open(gpus, value, order, op
 
 
 def test_a_device_is_described_by_its_number_in_cuda():
-    first, second = manager("3,1").get_available_devices()
+    first, second = manager("3,2").get_available_devices()
     assert (first.index, first.system_index, first.uuid, first.free_gib) == (0, 3, "GPU-cc44", 80.0)
-    assert (second.index, second.system_index) == (1, 1)
-    assert first.links == {1: "3-1"}
+    assert (second.index, second.system_index) == (1, 2)
+    assert first.links == {1: "3-2"}
     assert first.processes == (GpuProcess(103, 1.0),)
 
 
