@@ -21,6 +21,7 @@ _PUBLIC = {
     "is_multi_gpu_enabled": "patch",
     "get_multi_gpu_status": "patch",
     "get_active_config": "patch",
+    "DeviceManager": "devices",
 }
 
 __all__ = ["__version__", *_PUBLIC]

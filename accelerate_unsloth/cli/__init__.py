@@ -4,6 +4,8 @@ import typer
 
 from .bench import bench
 from .config import app as config_app
+from .env import env
+from .test import test
 
 app = typer.Typer(
     name="accelerate-unsloth",
@@ -13,6 +15,8 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.command()(bench)
+app.command()(env)
+app.command()(test)
 
 
 @app.callback(invoke_without_command=True)

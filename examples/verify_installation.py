@@ -1,0 +1,15 @@
+"""
+Verify the installation from Python, as `accelerate-unsloth test` does from the shell.
+
+    python examples/verify_installation.py
+"""
+
+import sys
+
+from accelerate_unsloth import self_test
+
+checks = []
+for check in self_test.run():  # as each one is done
+    print(check, flush=True)
+    checks.append(check)
+sys.exit(0 if self_test.passed(checks) else 1)
