@@ -7,6 +7,9 @@ memory allows, because each costs its kernel launches; `fixed` keeps the cut of 
 
 from dataclasses import dataclass
 
+# The probe tries so much more than the largest micro-batch planned for this epoch: later epochs deal other samples together.
+PROBE_MARGIN = 1.25
+
 # After an out-of-memory, planned or probed, the next budget is this part of what did not fit.
 BACK_OFF = 0.7
 
@@ -61,6 +64,12 @@ def resolve(
     budget = max(min(budgets), longest)
     reason = "asked for" if budget == most_tokens else "what the memory holds"
     return MicroBatchChoice("auto", budget, f"at most {budget:,} tokens each: {reason}")
+
+
+def confirmed(choice: MicroBatchChoice, tokens: int, longest: int) -> MicroBatchChoice:
+    """The choice after a micro-batch of so many tokens fitted on every rank: nothing larger is formed."""
+    budget = max(longest, min(choice.token_budget, tokens))
+    return MicroBatchChoice(choice.mode, budget, f"at most {budget:,} tokens each, which were tried before training")
 
 
 def lowered(choice: MicroBatchChoice, tokens_that_failed: int, longest: int, why: str) -> MicroBatchChoice:

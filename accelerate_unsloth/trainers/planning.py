@@ -2,8 +2,8 @@
 Which samples run where and in what pieces: the policies of data and memory, resolved when training begins.
 
 The samples of a step follow from the user's arguments alone. Attention kernel, gradient checkpointing and micro-batches
-follow from lengths and memory, and are confirmed by a probe: a forward and backward of the largest planned micro-batch,
-which leaves no trace.
+follow from lengths and memory, and are confirmed by a probe: a forward and backward of a little more than the largest
+planned micro-batch, which leaves no trace.
 """
 
 import contextlib
@@ -170,17 +170,18 @@ class PlanningMixin:
 
     def _probe_until_it_fits(self, sampler: EffectiveBatchSampler, longest: int) -> None:
         """
-        Try the largest planned micro-batch, and plan smaller ones until it fits on every rank.
+        Try more than the largest planned micro-batch, and plan smaller ones until that fits on every rank.
 
         Raises:
             torch.OutOfMemoryError: if not even the longest sample fits, on any rank.
         """
         while True:
             sampler.token_budget = self.micro_batch.token_budget
-            samples = _largest_planned(sampler)
+            samples = _worst_case(sampler)
             tokens = sampler.cost.tokens(self._train_lengths[samples].tolist())
             fitted = channel().gather("probe", self._probe_fits(samples))
             if all(fitted):
+                self.micro_batch = micro_batch.confirmed(self.micro_batch, tokens, longest)
                 return
             failed = [rank for rank, fits in enumerate(fitted) if not fits]
             if len(samples) == 1 or tokens <= longest:
@@ -260,8 +261,19 @@ class PlanningMixin:
             print(f"micro-batches are planned smaller from here on: {self.micro_batch.reason}")
 
 
-def _largest_planned(sampler: EffectiveBatchSampler) -> list[int]:
-    """The micro-batch with the most tokens, over all ranks and (at most 1,000) steps of the epoch."""
+def _worst_case(sampler: EffectiveBatchSampler) -> list[int]:
+    """
+    The micro-batch with the most tokens, over all ranks and (at most 1,000) steps of the epoch, and some samples more
+    within the budget.
+    """
+
+    def tokens(batch):
+        return sampler.cost.tokens(sampler.lengths[batch].tolist())
+
     steps = range(0, sampler.num_steps, max(1, sampler.num_steps // _PROBED_STEPS))
-    batches = (batch for step in steps for batches in sampler.plan(step) for batch in batches)
-    return max(batches, key=lambda batch: sampler.cost.tokens(sampler.lengths[batch].tolist()))
+    worst = max((batch for step in steps for batches in sampler.plan(step) for batch in batches), key=tokens)
+    most = min(sampler.token_budget, int(micro_batch.PROBE_MARGIN * tokens(worst)))
+    for sample in range(min(sampler.num_samples, _PROBED_STEPS)):
+        if sample not in worst and tokens([*worst, sample]) <= most:
+            worst = [*worst, sample]
+    return worst
