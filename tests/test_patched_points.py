@@ -46,6 +46,8 @@ POINTS = {
     "accelerate:PartialState.local_main_process_first": ["self"],
     "accelerate.utils:DDPCommunicationHookType": [],
     "transformers:TrainingArguments._setup_devices": [],
+    "transformers:Trainer.floating_point_ops": ["self", "inputs"],
+    "transformers:Trainer._track_num_input_tokens": ["self", "inputs"],
     "transformers:TrainingArguments.__post_init__": ["self"],
     "trl.trainer:SFTTrainer.__init__": ["self", "model", "args"],
     "trl.trainer.sft_trainer:SFTTrainer.__init__": ["self", "model", "args"],
@@ -63,6 +65,8 @@ UNSLOTH_POINTS = {
     "unsloth.models.llama:LlamaRotaryEmbedding._set_cos_sin_cache": ["self", "seq_len", "device", "dtype"],
     "unsloth.models.gemma:GemmaFixedRotaryEmbedding._set_cos_sin_cache": ["self", "seq_len", "device", "dtype"],
     "unsloth.models._utils:patch_gradient_accumulation_fix": ["Trainer"],
+    "unsloth.models.llama:FastLlamaModel.for_training": ["model", "use_gradient_checkpointing"],
+    "unsloth.utils.attention_dispatch:_load_torch_varlen_attn": [],
     "unsloth_zoo.loss_utils:_unsloth_get_batch_samples": ["self", "epoch_iterator", "num_batches"],
     "unsloth_zoo.dataset_utils:sft_prepare_dataset": ["self", "dataset", "processing_class", "args"],
 }

@@ -2,7 +2,8 @@
 
 import pytest
 
-from accelerate_unsloth.policies import gradient_sync
+from accelerate_unsloth import memory
+from accelerate_unsloth.policies import attention, checkpointing, gradient_sync, micro_batch
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,113 @@ def test_gradient_sync(requested, world_size, trainable, total, takes_count, mod
 def test_overlapped_is_refused_where_it_cannot_be_exact():
     with pytest.raises(ValueError, match="does not take num_items_in_batch"):
         gradient_sync.resolve("overlapped", 2, 1000, 1000, loss_takes_item_count=False)
+
+
+@pytest.mark.parametrize(
+    ("requested", "segments", "cudnn", "lengths", "backend"),
+    [
+        ("auto", True, True, 1500, "flash"),
+        ("auto", True, True, 0, "flash"),
+        ("auto", True, True, 1, "unchanged"),  # fixed-length packing: few plans, and cuDNN is faster with them
+        ("auto", True, False, 1500, "unchanged"),
+        ("auto", False, True, 1500, "unchanged"),
+        ("cudnn", False, False, 0, "cudnn"),
+    ],
+)
+def test_cudnn_is_kept_away_from_many_lengths(requested, segments, cudnn, lengths, backend):
+    choice = attention.resolve(requested, segments, "xformers runs them", cudnn, lengths)
+    assert choice.backend == backend
+    assert choice.reason
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("flash", (False, True, True)), ("efficient", (False, False, True))]
+)
+def test_the_kernel_is_that_of_the_training_and_the_old_one_comes_back(backend, expected):
+    import torch
+
+    cuda = torch.backends.cuda
+
+    def state():
+        return cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+
+    before = state()
+    with pytest.raises(KeyError), attention.applied(attention.AttentionChoice(backend, "")):
+        assert state() == expected
+        raise KeyError
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("requested", "asked", "without", "with_", "longest", "rank_tokens", "mode"),
+    [
+        ("auto", False, 27_000, 700_000, 2048, 7_000, "none"),  # an H200 with 8B dims in 4 bits
+        ("auto", False, 1_500, 60_000, 2048, 7_000, "unsloth"),  # the longest sample does not fit without it
+        ("auto", False, 2_100, 60_000, 2048, 20_000, "unsloth"),  # many small micro-batches
+        ("auto", True, 27_000, 700_000, 2048, 7_000, "unchanged"),
+        ("auto", False, 0, 0, 2048, 7_000, "unchanged"),
+        ("none", True, 1, 1, 2048, 7_000, "none"),
+    ],
+)
+def test_activations_are_kept_where_that_saves_time(requested, asked, without, with_, longest, rank_tokens, mode):
+    assert checkpointing.resolve(requested, asked, without, with_, longest, rank_tokens).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("requested", "known", "in_step", "most", "fits", "expected"),
+    [
+        ("auto", True, False, None, 30_000, ("auto", 30_000)),
+        ("auto", True, False, 5_000, 30_000, ("auto", 5_000)),
+        ("auto", True, False, 50_000, 30_000, ("auto", 30_000)),
+        ("auto", True, False, None, 1_000, ("auto", 2_048)),  # the longest sample is tried nevertheless
+        ("auto", True, False, None, None, ("fixed", None)),
+        ("auto", True, True, None, 30_000, ("fixed", None)),
+        ("auto", False, False, None, 30_000, ("fixed", None)),
+        ("fixed", True, False, 5_000, 30_000, ("fixed", None)),
+    ],
+)
+def test_micro_batches_are_as_large_as_memory_and_user_allow(requested, known, in_step, most, fits, expected):
+    choice = micro_batch.resolve(requested, known, in_step, most, fits, longest=2_048)
+    assert (choice.mode, choice.token_budget) == expected
+
+
+def test_a_limit_below_the_longest_sample_is_refused():
+    with pytest.raises(ValueError, match="micro_batch_tokens=100, but the longest sample has 128 tokens"):
+        micro_batch.resolve("auto", True, False, 100, None, longest=128)
+
+
+def test_what_failed_is_not_planned_again():
+    choice = micro_batch.resolve("auto", True, False, None, 30_000, longest=2_048)
+    assert micro_batch.lowered(choice, 20_000, 2_048, "why").token_budget == 14_000
+    assert micro_batch.lowered(choice, 2_100, 2_048, "why").token_budget == 2_048
+    assert micro_batch.confirmed(choice, 21_000, 2_048).token_budget == 21_000
+
+
+LLAMA_8B = memory.ModelShape(4096, 14336, 32, 32, 8, 128, 49152)
+
+
+def test_the_arithmetic_gives_the_weights_and_peaks_that_were_measured():
+    """Within 15% of benchmarks/step_cost_h200.json."""
+    nf4_gib = (LLAMA_8B.stored_linear_values * memory.NF4_BYTES + 2 * LLAMA_8B.embedding_values) / memory.GIB
+    assert nf4_gib == pytest.approx(4.14, rel=0.02)
+    assert LLAMA_8B.lora_values(16) == 41_943_040
+    for tokens, measured_gib in ((1024, 5.13), (4096, 5.80), (16384, 7.83)):
+        step = 41_943_040 * 10 + LLAMA_8B.workspace_bytes + tokens * LLAMA_8B.activation_bytes(True)
+        assert nf4_gib + step / memory.GIB == pytest.approx(measured_gib, rel=0.15)
+
+
+def test_what_fits_shrinks_with_the_optimizer_and_grows_with_checkpointing():
+    def fits(optim, checkpointing, left_gib=20):
+        optim_bytes = memory.optimizer_bytes(optim)
+        return memory.tokens_that_fit(LLAMA_8B, left_gib * memory.GIB, 41_943_040, 4, optim_bytes, checkpointing)
+
+    assert fits("adamw_torch", False) < fits("adamw_8bit", False) < fits("adamw_8bit", True)
+    assert fits("adamw_torch", True, left_gib=0.1) == 0
+
+
+def test_a_config_without_sizes_has_no_shape():
+    from transformers import LlamaConfig, ResNetConfig
+
+    assert memory.ModelShape.from_config(ResNetConfig()) is None
+    shape = memory.ModelShape.from_config(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
+    assert (shape.head_dim, shape.kv_heads, shape.layers) == (16, 4, 2)

@@ -39,7 +39,7 @@ def bench(
     data = data or workload.make_data(out / "data.jsonl", 48 if quick else samples, *((4.0, 0.8) if quick else ()))
     if quick:
         counts = [1, 2]
-        runs = [run for run in plan(counts, [2], batch=2) if run.how == "ours"]
+        runs = plan(counts, [], batch=2, ablation=False)
         work = Workload(str(folder), str(data), 3, 8, 128, load_in_4bit=False, optim="adamw_torch", cpu=True)
     else:
         counts = [int(count) for count in processes.split(",") if count] or sorted({1, max(1, _gpus())})
