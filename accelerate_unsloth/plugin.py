@@ -67,6 +67,8 @@ class UnslothPlugin:
         watchdog_timeout_s (`int`, *optional*, defaults to `3600`):
             Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends.
             `0` switches it off; under a debugger it is off.
+        monitor (`bool`, *optional*, defaults to `True`):
+            Log tokens per second, token imbalance, the slowest rank and memory with each loss.
         log_on_each_rank (`bool`, *optional*, defaults to `False`):
             Keep banners, progress bars and warnings on every rank, to look into a rank that differs.
 
@@ -99,6 +101,7 @@ class UnslothPlugin:
     on_nonfinite: Literal["stop", "skip"] = _option("stop")
     on_oversized: Literal["stop", "skip"] = _option("stop")
     watchdog_timeout_s: int = _option(3600, minimum=0)
+    monitor: bool = _option(True)
     log_on_each_rank: bool = _option(False)
 
     def __post_init__(self):

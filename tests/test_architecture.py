@@ -34,6 +34,8 @@ ROOMS += [
     "watchdog",
     "reduction",
     "memory",
+    "estimate",
+    "monitor",
     "engines",
     "policies",
     "environment",

@@ -5,6 +5,7 @@ import typer
 from .bench import bench
 from .config import app as config_app
 from .env import env
+from .estimate_memory import estimate_memory
 from .test import test
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
 app.add_typer(config_app, name="config")
 app.command()(bench)
 app.command()(env)
+app.command("estimate-memory")(estimate_memory)
 app.command()(test)
 
 

@@ -21,6 +21,7 @@ from .. import agreement, report, saving
 from ..channel import channel
 from ..data.loader import PlannedDataLoader, Slot, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
+from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
 from ..quiet import mute_libraries, muted_prints
@@ -80,6 +81,9 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
             mute_libraries()
         check_has_labels(self.train_dataset, "training")
         self._check_launch()
+        self._monitor = Monitor(self.args.device)
+        if self.plugin.monitor:
+            self.add_callback(self._monitor)
         self._resolve_policies()
         agreement.check(self)
 
@@ -153,6 +157,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-steps of this rank's next optimizer step, each a [`Slot`] of [`MicroBatch`]es."""
+        self._monitor.begin_step()
         slots = [
             inputs if isinstance(inputs, Slot) else Slot([inputs]) for inputs in islice(epoch_iterator, num_batches)
         ]
@@ -164,8 +169,8 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
         self._step_samples = [index for batch in work for index in batch.samples]
         counted = sum(batch.items for batch in work) if num_items is None else num_items
         self._step_items = torch.as_tensor(counted, device=device, dtype=torch.float64)
-        tokens = sum(count_tokens(batch.inputs) for batch in work if batch.items)
-        self._step_tokens = torch.tensor(tokens, device=device, dtype=torch.float64)
+        self._own_tokens = sum(count_tokens(batch.inputs) for batch in work if batch.items)
+        self._step_tokens = torch.tensor(self._own_tokens, device=device, dtype=torch.float64)
         self._step_loss = torch.zeros((), device=device, dtype=torch.float64)
         return slots, num_items
 
@@ -189,6 +194,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
             `torch.Tensor`: under `after_backward` the loss of the whole step over all ranks, with its last
             micro-batch, and zero before; else what the stock Trainer returns.
         """
+        self._monitor.begin_work()
         if self.gradient_sync.mode == "overlapped":
             (batch,) = inputs
             loss = super().training_step(model, batch.inputs, num_items_in_batch)
@@ -209,6 +215,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
         if self.gradient_sync.mode == "none":
             self._end_step_without_reducer()
             return (self._step_loss - returned).to(loss.dtype)
+        worked = self._monitor.end_work(self._own_tokens)
         totals = self._reducer.reduce(
             self._step_loss,
             self._step_items,
@@ -217,6 +224,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
             ran_out_of_memory=self._failed_tokens > 0,
             check_gradients=self.accelerator.scaler is None,
         )
+        self._monitor.add_work(worked)
         self._num_tokens += totals.tokens
         self._note_end_of_step(totals.stop_votes, totals.nonfinite_ranks)
         if totals.ranks_out_of_memory:
@@ -225,6 +233,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
 
     def _end_step_without_reducer(self) -> None:
         """One process, or DDP: there is no reduction of ours that could carry votes and bad numbers."""
+        worked = self._monitor.end_work(self._own_tokens)
         if self._failed_tokens and self.gradient_sync.mode == "none":
             self._plan_smaller()
         self._num_tokens += self._step_tokens
@@ -232,6 +241,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
         notes = torch.tensor([float(self._stop.signal is not None), float(not finite)], device=self.args.device)
         notes = self.accelerator.reduce(notes) if self.gradient_sync.mode == "overlapped" else notes
         votes, bad = notes.tolist()
+        self._monitor.add_work(worked)
         ranks = []
         if bad:
             finite_losses = channel().gather("nonfinite", math.isfinite(self._step_loss))
@@ -270,6 +280,8 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
             if self.gradient_sync.mode == "overlapped":
                 tokens = self.accelerator.reduce(tokens, reduction="sum")
             logs["num_tokens"] = int(tokens.item())
+            if self.plugin.monitor:
+                logs |= self._monitor.read()
         return super().log(logs, *args, **kwargs)
 
     # ---- Evaluation ----

@@ -1,0 +1,79 @@
+"""`accelerate-unsloth estimate-memory MODEL`: what a LoRA fine-tune takes on each GPU, from the config alone."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+_CASES = [(bits, checkpointing) for bits in (4, 16) for checkpointing in (True, False)]
+
+
+def estimate_memory(
+    model_name: Annotated[str, typer.Argument(help="Hub id, or the folder of a model or its config.")],
+    gpu_gib: Annotated[float, typer.Option(help="Memory of each GPU in GiB.")] = 24.0,
+    num_gpus: Annotated[int, typer.Option(help="Processes, one a GPU.")] = 1,
+    r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    optim: Annotated[str, typer.Option(help="The Trainer's optimizer.")] = "adamw_8bit",
+    tokens: Annotated[int, typer.Option(help="Tokens of the micro-batch whose peak is shown.")] = 4096,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the model bring its own config class.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Weights, adapters, optimizer and activations per GPU, and the largest micro-batch that fits."""
+    from transformers import AutoConfig
+
+    from ..estimate import estimate
+    from ..memory import ModelShape
+
+    try:
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        typer.echo(f"The config of {model_name!r} could not be read: {error}", err=True)
+        raise typer.Exit(2) from error
+    shape = ModelShape.from_config(config)
+    if shape is None:
+        typer.echo(
+            f"{type(config).__name__} has not the sizes of a decoder-only language model. Name a causal model.",
+            err=True,
+        )
+        raise typer.Exit(2)
+    estimates = {
+        case: estimate(shape, case[0] == 4, r, optim, checkpointing=case[1], num_gpus=num_gpus) for case in _CASES
+    }
+    if as_json:
+        typer.echo(json.dumps([_row(case, found, gpu_gib, tokens) for case, found in estimates.items()], indent=2))
+    else:
+        _print_table(model_name, estimates, gpu_gib, tokens)
+
+
+def _row(case, found, gpu_gib: float, tokens: int) -> dict:
+    bits, checkpointing = case
+    return {
+        "bits": bits,
+        "checkpointing": checkpointing,
+        **asdict(found),
+        "resting_gib": found.resting_gib,
+        "tokens": tokens,
+        "peak_gib": found.peak_gib(tokens),
+        "largest_micro_batch_tokens": found.largest_micro_batch(gpu_gib),
+    }
+
+
+def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model_name}, LoRA with Unsloth, GiB a GPU", title_justify="left", pad_edge=False)
+    table.add_column("")
+    for bits, checkpointing in estimates:
+        table.add_column(f"{bits}-bit, {'checkpointing' if checkpointing else 'all kept'}", justify="right")
+    lines = ("weights", "adapters", "gradients", "optimizer", "reduction", "workspace", "context")
+    for line in lines:
+        table.add_row(line, *(f"{getattr(found, line + '_gib'):.2f}" for found in estimates.values()))
+    table.add_section()
+    table.add_row("KiB a token", *(f"{found.token_kib:,.0f}" for found in estimates.values()))
+    table.add_row(f"peak at {tokens:,} tokens", *(f"{found.peak_gib(tokens):.2f}" for found in estimates.values()))
+    largest = (found.largest_micro_batch(gpu_gib) for found in estimates.values())
+    table.add_row(f"most tokens in 0.9 of {gpu_gib:g} GiB", *(f"{most:,}" if most else "none" for most in largest))
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)

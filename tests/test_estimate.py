@@ -1,0 +1,66 @@
+"""What a fine-tune takes, before anything is loaded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from accelerate_unsloth.estimate import estimate
+from accelerate_unsloth.memory import ModelShape
+
+from .launching import ROOT, clean_environment
+
+LLAMA_8B = ModelShape(4096, 14336, 32, 32, 8, 128, 49152)
+
+
+def test_the_largest_micro_batch_fills_the_part_of_the_gpu_that_may_be_used():
+    found = estimate(LLAMA_8B)
+    tokens = found.largest_micro_batch(24, fraction=0.9)
+    assert found.peak_gib(tokens) <= 0.9 * 24 < found.peak_gib(tokens + 10)
+    assert estimate(LLAMA_8B, load_in_4bit=False).largest_micro_batch(12) == 0
+
+
+@pytest.mark.parametrize(
+    ("bits", "tokens", "measured_gib"),
+    [(4, 2048, 5.32), (4, 8192, 6.39), (16, 4096, 15.34), (16, 8192, 15.81)],
+)
+def test_8b_peaks_are_within_15_percent_of_those_measured(bits, tokens, measured_gib):
+    """Against benchmarks/step_cost_h200.json, which counts what PyTorch allocates."""
+    found = estimate(LLAMA_8B, load_in_4bit=bits == 4)
+    assert found.peak_gib(tokens) - found.context_gib == pytest.approx(measured_gib, rel=0.15)
+
+
+def test_what_each_choice_costs_is_in_its_own_line():
+    one, two = estimate(LLAMA_8B), estimate(LLAMA_8B, num_gpus=2)
+    assert (one.reduction_gib, two.reduction_gib) == (0.0, two.gradients_gib)
+    assert estimate(LLAMA_8B, optim="adamw_torch").optimizer_gib == pytest.approx(4 * one.optimizer_gib)
+    assert estimate(LLAMA_8B, checkpointing=False).token_kib > 10 * one.token_kib
+    assert estimate(LLAMA_8B, r=32).adapters_gib == pytest.approx(2 * one.adapters_gib)
+
+
+def run(*words):
+    command = [
+        sys.executable,
+        "-c",
+        "from accelerate_unsloth.cli import app; app()",
+        "estimate-memory",
+        *map(str, words),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=ROOT)
+
+
+def test_the_command_reads_the_config_alone(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    finished = run(tmp_path, "--json", "--gpu-gib", 10, "--tokens", 1000)
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads(finished.stdout)
+    assert [(row["bits"], row["checkpointing"]) for row in rows] == [(4, True), (4, False), (16, True), (16, False)]
+    assert all(row["peak_gib"] > row["resting_gib"] > 0 for row in rows)
+    assert "all kept" in run(tmp_path).stdout
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    finished = run(tmp_path / "nothing")
+    assert finished.returncode == 2
+    assert "could not be read" in finished.stderr
