@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: install demo test test-gpu quality style clean
+.PHONY: install demo test test-slow test-gpu quality style clean
 
 install: $(VENV)/.accelerate_unsloth
 
@@ -22,6 +22,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 test-gpu: install
 	$(BIN)/python -m pytest tests/gpu

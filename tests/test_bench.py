@@ -55,6 +55,7 @@ def test_a_ratio_is_to_the_best_plain_run_of_as_many_processes():
     assert show.ratio_to_plain(run("ours", 1, 500), results) is None
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_the_quick_form_measures_one_and_two_cpu_processes(tmp_path):
     command = [

@@ -1,5 +1,7 @@
 """The bundled accelerate files, by Accelerate's own loader, and the command that finds them."""
 
+import sys
+
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from typer.testing import CliRunner
@@ -47,6 +49,7 @@ def test_version():
 
 def test_the_launch_command_holds_script_and_arguments(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--run name", "a b"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as a script, not as `python -m pytest`
     assert launch_hint.command(4).endswith("unsloth_ddp.yaml train.py '--run name' 'a b'")
 
 

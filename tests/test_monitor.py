@@ -69,6 +69,7 @@ def test_the_readings_reach_tensorboard(mode, tiny_model, uneven_data, tmp_path)
     assert all(slower >= faster > 0 for slower, faster in zip(slow, fast, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_the_monitor_can_be_switched_off(tiny_model, uneven_data, tmp_path):
     finished = launch(

@@ -113,6 +113,7 @@ def test_the_command_passes_here_and_leaves_nothing_behind(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(("accelerate_unsloth", "unsloth"))]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_the_example_fails_with_status_1_and_the_reason(tmp_path):
     example = [str(ROOT / "examples" / "verify_installation.py")]
@@ -122,6 +123,7 @@ def test_the_example_fails_with_status_1_and_the_reason(tmp_path):
     assert "engine='unsloth' was asked for, but" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_the_command_notices_ranks_that_do_not_meet(tmp_path):
     """An installation whose all-reduce does nothing."""

@@ -70,6 +70,7 @@ def test_a_script_with_one_line_in_front_gives_the_losses_of_the_explicit_import
     assert (out / "lora_model" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_script_that_cannot_be_edited_is_run_as_a_module_argument(train, explicit, tmp_path):
     script = rewritten("unsloth_notebook.py", UNTOUCHED, {}, tmp_path)
     found, output, _ = train("-m", "accelerate_unsloth", launcher=["-m"], arguments=[script])
@@ -77,12 +78,14 @@ def test_a_script_that_cannot_be_edited_is_run_as_a_module_argument(train, expli
     assert "per device 2 x accumulation 2 x processes 2" in output
 
 
+@pytest.mark.slow
 def test_the_batch_size_of_the_call_wins_over_the_scripts(train, tmp_path):
     line = ENABLE.replace("()", "(batch_size_per_gpu=1, num_gpus=2)")
     script = rewritten("unsloth_recent.py", line, {}, tmp_path)
     assert "per device 1 x accumulation 2 x processes 2" in train("batch size", script)[1]
 
 
+@pytest.mark.slow
 def test_an_error_inside_the_context_is_printed_once(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(
@@ -94,6 +97,7 @@ def test_an_error_inside_the_context_is_printed_once(tmp_path):
     assert own.count("KeyError: 'lost'") == 1
 
 
+@pytest.mark.slow
 def test_a_launch_of_another_size_is_refused_once_with_both_numbers(tmp_path):
     script = tmp_path / "three.py"
     script.write_text("import accelerate_unsloth\naccelerate_unsloth.enable_multi_gpu(num_gpus=3)\n")
@@ -102,6 +106,7 @@ def test_a_launch_of_another_size_is_refused_once_with_both_numbers(tmp_path):
     assert finished.output.count("num_gpus=3 was asked for, but this launch has 2 process(es)") == 1
 
 
+@pytest.mark.slow
 def test_the_process_group_is_gloo_on_a_cpu_whatever_is_said(tmp_path):
     script = tmp_path / "backend.py"
     script.write_text(
@@ -120,6 +125,7 @@ def test_the_process_group_is_gloo_on_a_cpu_whatever_is_said(tmp_path):
         assert f"said gloo {{'name': 'gloo', 'reason': '{reason}'}} {rank} cpu" in finished.output
 
 
+@pytest.mark.slow
 def test_the_quick_start_trains(tiny_model, tmp_path):
     finished = launch(ROOT / "examples" / "quick_start.py", [tiny_model, tmp_path / "out"])
     assert finished.status == 0, finished.output[-4000:]
