@@ -55,3 +55,8 @@ def topology() -> Topology:
 def attempt() -> str:
     """Which attempt of the launcher this is: `"0"`, or more after restarts."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def uses_cpu() -> bool:
+    """Whether this launch was told to stay on the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"

@@ -110,8 +110,6 @@ def deal_balanced(
     [[[7]], [[8, 9]]]
     ```
     """
-    if token_budget is not None:
-        check_fits(samples, lengths, token_budget)
     if cost.padded:
         return _deal_padded(samples, lengths, world_size, count, token_budget)
     shares = deal_level([cost.of(length) for length in lengths], world_size)
@@ -141,6 +139,7 @@ def cut(
 def _deal_padded(samples, lengths, world_size: int, count: int, token_budget: int | None) -> list[list[list[int]]]:
     """Micro-batches are formed over all ranks first, because long rows belong together wherever they run."""
     if token_budget is not None:
+        check_fits(samples, lengths, token_budget)  # else no count would be large enough
         count = max(1, -(-sum(lengths) // (world_size * token_budget)))
     while True:
         groups = pack_padded(lengths, world_size * count)

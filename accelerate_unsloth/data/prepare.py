@@ -3,8 +3,8 @@ Tokenise once a node.
 
 TRL's preparation runs on every rank, one after the other, and Unsloth's on all at once. Here the first process of each
 node runs it and writes the result, with the length of each sample, to the datasets cache; all processes of the node map
-that file. The others run the
-preparation on a few rows, because it also sets up the trainer (its collator, its arguments).
+that file. The others run the preparation on a few rows, because it also sets up the trainer (its collator, its
+arguments).
 """
 
 import os

@@ -4,20 +4,19 @@ The engine of this process. Importing this module chooses it, takes this rank's 
 Everything that imports trl, transformers or peft imports this first.
 """
 
-import os
-
 import torch
 
 from .. import distributed, failures, launch_hint
 from ..plugin import UnslothPlugin
 from ..quiet import quiet_other_ranks
+from ..topology import uses_cpu
 from . import environment, resolve
 
 failures.install()
 distributed.renew_rendezvous()
 distributed.close_process_group_at_exit()
 _plugin = UnslothPlugin()
-_use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+_use_cpu = uses_cpu()
 
 choice = resolve(_plugin.engine, 0 if _use_cpu else torch.cuda.device_count(), _use_cpu)
 quiet_other_ranks(_plugin)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .. import engines
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
-from ..topology import Topology
+from ..topology import Topology, uses_cpu
 from .finding import PROBLEM, Finding
 
 # What the choice depends on is the model, which is not known here: these two stand for the usual cases.
@@ -29,7 +29,7 @@ def findings(visible_gpus: int) -> Choices:
     Args:
         visible_gpus (`int`): GPUs that torch can use.
     """
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    use_cpu = uses_cpu()
     try:
         plugin = UnslothPlugin()
         engine = engines.resolve(plugin.engine, 0 if use_cpu else visible_gpus, use_cpu)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..ledger import ledger
-from ..topology import topology
+from ..topology import topology, uses_cpu
 
 _NAMES_OF_MAPPINGS = {id(sys.modules): "sys.modules", id(os.environ): "os.environ"}
 
@@ -15,8 +15,7 @@ def visible_gpus() -> int:
     """GPUs that this process may use: none in a launch that was told to stay on the CPU."""
     import torch
 
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    return 0 if on_cpu else torch.cuda.device_count()
+    return 0 if uses_cpu() else torch.cuda.device_count()
 
 
 def place() -> dict[str, Any]:
