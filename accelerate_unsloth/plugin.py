@@ -32,8 +32,8 @@ class UnslothPlugin:
             `"after_backward"` reduces all gradients once per optimizer step, in one flat all-reduce; `"overlapped"`
             lets `DistributedDataParallel` reduce them in buckets during the last backward.
         attention (`str`, *optional*, defaults to `"auto"`):
-            Attention kernel of rows of uneven length that run through PyTorch's SDPA: `"flash"`, `"cudnn"` or
-            `"efficient"` while training; `"unchanged"` leaves PyTorch its choice.
+            Attention kernel of rows of uneven length that run through PyTorch: `"varlen"` (one call for all rows),
+            `"flash"`, `"cudnn"` or `"efficient"` while training; `"unchanged"` leaves PyTorch its choice.
         gradient_checkpointing (`str`, *optional*, defaults to `"auto"`):
             `"none"` keeps activations, `"unsloth"` recomputes and offloads them. `"auto"` obeys a script that passes
             `use_gradient_checkpointing` to `get_peft_model`, and else goes by the memory.
@@ -86,7 +86,7 @@ class UnslothPlugin:
 
     engine: Literal["auto", "unsloth", "reference"] = _option("auto")
     gradient_sync: Literal["auto", "after_backward", "overlapped"] = _option("auto")
-    attention: Literal["auto", "flash", "cudnn", "efficient", "unchanged"] = _option("auto")
+    attention: Literal["auto", "varlen", "flash", "cudnn", "efficient", "unchanged"] = _option("auto")
     gradient_checkpointing: Literal["auto", "none", "unsloth"] = _option("auto")
     balance_tokens: bool = _option(True)
     micro_batch: Literal["auto", "fixed"] = _option("auto")

@@ -109,7 +109,12 @@ class PlanningMixin:
         runs_segments, other = kernels.sdpa_runs_segments(choice.name)
         lengths = 0 if self._train_lengths is None else len(np.unique(self._train_lengths))
         self.attention = attention.resolve(
-            self.plugin.attention, runs_segments, other, kernels.prefers_cudnn(), lengths
+            self.plugin.attention,
+            runs_segments,
+            other,
+            kernels.prefers_cudnn(),
+            lengths,
+            runs_segments and kernels.spare_varlen() is not None,
         )
         self._undo_after_training.enter_context(attention.applied(self.attention))
 
