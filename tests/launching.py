@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from accelerate_unsloth import configs
+
+from .forking import WarmProcess
 
 ROOT = Path(__file__).parent.parent
 WORKERS = Path(__file__).parent / "workers"
@@ -30,16 +33,37 @@ def launch(
     timeout_s: int = 120,
     config: str = "unsloth_ddp_cpu",
     launcher=(),
+    real_launcher: bool = False,
 ) -> Finished:
     """
     Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`; fail the test if
     they have not ended after `timeout_s` seconds.
+
+    The processes are forked from a warm one, see `tests/forking`. Everything is started afresh with `real_launcher`,
+    with options for the launcher, and with variables that libraries read when they are imported. A script that imports
+    the real Unsloth needs that too, because Unsloth has to come before the libraries that it patches.
     """
-    command = [sys.executable]
-    if processes > 1:
-        # Port 0 lets the launcher find a free one, so that tests can run side by side.
-        command += [*launcher_command(config, processes, port=0), *launcher]
-    return finish(start([*command, str(script), *map(str, arguments)], environment), timeout_s)
+    # Port 0 lets the launcher find a free one, so that tests can run side by side.
+    options = [*launcher_command(config, processes, port=0), *launcher] if processes > 1 else []
+    words = [str(script), *map(str, arguments)]
+    if real_launcher or launcher or not warm_process().serves(clean_environment(environment)):
+        return finish(start([sys.executable, *options, *words], environment), timeout_s)
+    return launch_forked(words, options[2:], processes, environment, timeout_s)
+
+
+def launch_forked(words: list[str], options: list[str], processes: int, environment, timeout_s: int) -> Finished:
+    started_at = time.monotonic()
+    try:
+        done = warm_process().launch(words, options, processes, clean_environment(environment), timeout_s)
+    except subprocess.TimeoutExpired as expired:
+        raise AssertionError(f"no end after {timeout_s} s: {words}\n{expired.output[-4000:]}") from None
+    return Finished(*done, time.monotonic() - started_at)
+
+
+@lru_cache(maxsize=1)
+def warm_process() -> WarmProcess:
+    """The one of this test session."""
+    return WarmProcess(clean_environment(), ROOT)
 
 
 def launcher_command(config: str, processes: int, port: int) -> list[str]:

@@ -1,0 +1,45 @@
+"""Make a forked process what a fresh interpreter would be that starts a script."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy
+
+from .client import NO_HOME
+
+
+def redirect(output: str) -> None:
+    """Let standard output and error, which nothing has been written to yet, go to the end of a file."""
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    _move_home(os.environ.get("HF_HOME", os.path.join(cache, "huggingface")))
+
+
+def _move_home(home: str) -> None:
+    """Correct the folders that libraries have derived from `HF_HOME` when they were imported."""
+    for module in list(sys.modules.values()):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (str, Path)) and str(value).startswith(NO_HOME):
+                setattr(module, name, type(value)(home + str(value)[len(NO_HOME) :]))
+
+
+def run(script: list[str], environment: dict[str, str]) -> None:
+    """Run a script with its arguments as `python script arguments`; its exceptions and its exit are the caller's."""
+    set_environment(environment)
+    numpy.random.seed()  # from the system, as Python's own generator is after a fork; torch's begins the same anywhere
+    file = script[0]
+    sys.argv, sys.path[0] = list(script), os.path.dirname(os.path.abspath(file))
+    namespace = vars(sys.modules["__main__"])  # the same module, because dill and others hold it already
+    for name in set(namespace) - {"__name__", "__builtins__", "__loader__"}:
+        del namespace[name]
+    namespace |= {"__file__": file, "__spec__": None, "__doc__": None, "__package__": None, "__annotations__": {}}
+    exec(compile(Path(file).read_bytes(), file, "exec", dont_inherit=True), namespace)

@@ -1,0 +1,59 @@
+"""The side of the warm process: import, and fork a process for each launch."""
+
+import gc
+import os
+import sys
+from importlib import import_module
+from multiprocessing.connection import Connection
+
+from . import fresh, ranks
+
+# What the workers end up with, including what transformers and trl import on first use only. Nothing is called, and
+# no tensor is made, because threads do not survive a fork.
+_HEAVY = (
+    "accelerate.commands.launch",
+    "datasets",
+    "peft",
+    "safetensors.torch",
+    "tokenizers",
+    "torch.distributed.run",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.sft_trainer",
+)
+
+
+def main() -> None:
+    for name in _HEAVY:
+        import_module(name)
+    gc.freeze()  # or the first collection of each forked process would touch, and so copy, all of their memory
+    launch = _serve(Connection(int(sys.argv[1])))
+    if launch is not None:
+        _run(*launch)
+
+
+def _serve(connection: Connection):
+    """Fork for each request; returns the request in the forked process, and nothing here when the tests have ended."""
+    connection.send("warm")
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return None
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            return request
+        connection.send(pid)
+        connection.send(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def _run(script: list[str], launcher: list[str], processes: int, environment: dict[str, str], output: str) -> None:
+    os.setsid()
+    fresh.redirect(output)
+    if processes == 1:
+        return fresh.run(script, environment)
+    rank = ranks.fork(processes)
+    if rank is None:
+        fresh.set_environment(environment)
+        return ranks.supervise([*launcher, *script])
+    return fresh.run(*rank)
