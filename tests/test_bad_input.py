@@ -19,16 +19,21 @@ MESSAGES = {
     "error in a step of one rank": "the third step of rank 1 failed",
     "folder not writable": "/proc/no",
 }
+# An error on all ranks, on one while it loads, and on one while it trains: also with the real launcher.
+REAL = ("broken sample", "wrong path on one rank", "error in a step of one rank")
 
 
-def run(case, tiny_model, folder, environment=None):
+def run(case, tiny_model, folder, environment=None, **how):
     environment = {"HF_HOME": str(folder / "cache")} | (environment or {})
-    return launch(WORKERS / "bad_input.py", [case, tiny_model, folder / "out"], environment=environment, timeout_s=60)
+    arguments = [case, tiny_model, folder / "out"]
+    return launch(WORKERS / "bad_input.py", arguments, environment=environment, timeout_s=60, **how)
 
 
-@pytest.mark.parametrize("case", MESSAGES)
-def test_a_mistake_gives_one_message_and_ends_all(case, tiny_model, tmp_path):
-    finished = run(case, tiny_model, tmp_path)
+@pytest.mark.parametrize(
+    ("case", "real_launcher"), [*((case, False) for case in MESSAGES), *((case, True) for case in REAL)]
+)
+def test_a_mistake_gives_one_message_and_ends_all(case, real_launcher, tiny_model, tmp_path):
+    finished = run(case, tiny_model, tmp_path, real_launcher=real_launcher)
     assert finished.status != 0
     assert MESSAGES[case] in finished.output
     own = finished.output.split("torch/distributed/elastic")[0]  # before the launcher's own report
@@ -37,15 +42,15 @@ def test_a_mistake_gives_one_message_and_ends_all(case, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "message"),
+    ("variable", "value", "message", "real_launcher"),
     [
-        ("ACCELERATE_UNSLOTH_ENGINE", "unslot", "Did you mean 'unsloth'?"),
-        ("ACCELERATE_UNSLOTH_ENGINE", "unsloth", "no GPU is visible"),
-        ("ACCELERATE_UNSLOTH_GRADIENT_SYNCH", "auto", "Did you mean ACCELERATE_UNSLOTH_GRADIENT_SYNC?"),
+        ("ACCELERATE_UNSLOTH_ENGINE", "unslot", "Did you mean 'unsloth'?", True),
+        ("ACCELERATE_UNSLOTH_ENGINE", "unsloth", "no GPU is visible", False),
+        ("ACCELERATE_UNSLOTH_GRADIENT_SYNCH", "auto", "Did you mean ACCELERATE_UNSLOTH_GRADIENT_SYNC?", False),
     ],
 )
-def test_an_unknown_environment_value_is_refused_once(variable, value, message, tiny_model, tmp_path):
-    finished = run("none", tiny_model, tmp_path, {variable: value})
+def test_an_unknown_environment_value_is_refused_once(variable, value, message, real_launcher, tiny_model, tmp_path):
+    finished = run("none", tiny_model, tmp_path, {variable: value}, real_launcher=real_launcher)
     assert finished.status != 0
     assert finished.output.count(message) == 1
 

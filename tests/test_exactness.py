@@ -28,9 +28,12 @@ RUNS = {
         {"args": {"per_device_train_batch_size": 4}, "plugin": {"micro_batch_tokens": 250}},
     ),
     "two, overlapped": (2, 2, {"plugin": {"gradient_sync": "overlapped"}}),
+    "one, forked": (1, 4, {"evaluate": True}),
+    "two, forked": (2, 2, {"evaluate": True}),
     "two, no all-reduce": (2, 2, {"sabotage": "no all-reduce"}),
     "two, mean of rank means": (2, 2, {"sabotage": "mean of rank means"}),
 }
+REAL = ("one", "two", "four")  # started afresh, by the real launcher
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,11 @@ def run(tiny_model, uneven_data, tmp_path_factory):
             options = options | {"args": {"gradient_accumulation_steps": accumulation} | options.get("args", {})}
             arguments = [tiny_model, uneven_data, folder, json.dumps(options)]
             finished = launch(
-                WORKERS / "train.py", arguments, processes, environment={"HF_HOME": str(folder / "cache")}
+                WORKERS / "train.py",
+                arguments,
+                processes,
+                environment={"HF_HOME": str(folder / "cache")},
+                real_launcher=name in REAL,
             )
             assert finished.status == 0, finished.output[-4000:]
             folders[name] = folder
@@ -69,6 +76,16 @@ def test_several_processes_give_the_losses_and_weights_of_one(run, other):
     loss, weight = difference(run("one"), run(other))
     assert loss < 1e-5
     assert weight < 1e-5
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_forked_processes_compute_what_the_launchers_do(run, name):
+    """What the tests rely on that fork their ranks: see tests/forking."""
+    for rank in range(RUNS[name][0]):
+        real, forked = (result(run(how), rank) for how in (name, f"{name}, forked"))
+        assert real == forked
+        one, other = (load_file(run(how) / f"weights{rank}.safetensors") for how in (name, f"{name}, forked"))
+        assert all(torch.equal(one[weight], other[weight]) for weight in one)
 
 
 @pytest.mark.parametrize("broken", ["two, no all-reduce", "two, mean of rank means"])

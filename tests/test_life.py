@@ -13,7 +13,7 @@ from .launching import WORKERS, launch, result
 pytestmark = pytest.mark.launch
 
 
-def start(folder, tiny_model, uneven_data, processes, accumulation, **options):
+def start(folder, tiny_model, uneven_data, processes, accumulation, real_launcher=False, **options):
     folder.mkdir()
     arguments = {"gradient_accumulation_steps": accumulation, "save_strategy": "steps", "save_steps": 4}
     options = {"args": arguments | {"num_train_epochs": 2}} | options
@@ -22,6 +22,7 @@ def start(folder, tiny_model, uneven_data, processes, accumulation, **options):
         [tiny_model, uneven_data, folder, json.dumps(options)],
         processes,
         environment={"HF_HOME": str(folder / "cache")},
+        real_launcher=real_launcher,
     )
     assert finished.status == 0, finished.output[-4000:]
     return folder
@@ -30,7 +31,7 @@ def start(folder, tiny_model, uneven_data, processes, accumulation, **options):
 @pytest.fixture(scope="module")
 def two_processes(tiny_model, uneven_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("life") / "two"
-    return start(folder, tiny_model, uneven_data, processes=2, accumulation=2, save=True)
+    return start(folder, tiny_model, uneven_data, processes=2, accumulation=2, real_launcher=True, save=True)
 
 
 # Steps 4 and 8 lie in the middle of the first epoch, of 6 steps, and of the second.

@@ -47,7 +47,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(tiny_model
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def start(folder, tiny_model, uneven_data, processes=2, launcher=(), **options):
+def start(folder, tiny_model, uneven_data, processes=2, launcher=(), real_launcher=False, **options):
     options["args"] = {"gradient_accumulation_steps": 2, "num_train_epochs": 2} | options.get("args", {})
     return launch(
         WORKERS / "train.py",
@@ -55,6 +55,7 @@ def start(folder, tiny_model, uneven_data, processes=2, launcher=(), **options):
         processes,
         environment={"HF_HOME": str(folder / "cache")},
         launcher=launcher,
+        real_launcher=real_launcher,
     )
 
 
@@ -72,7 +73,8 @@ def test_the_launchers_own_restart_goes_on_from_the_last_checkpoint(tiny_model, 
 def test_a_preempted_run_finishes_its_step_saves_and_goes_on_later(tiny_model, uneven_data, tmp_path):
     folder = tmp_path / "stopped"
     folder.mkdir()
-    finished = start(folder, tiny_model, uneven_data, provoke={"what": "terminate_launcher", "step": 3})
+    provoke = {"what": "terminate_launcher", "step": 3}
+    finished = start(folder, tiny_model, uneven_data, real_launcher=True, provoke=provoke)
     assert finished.status != 0
     assert finished.output.count("Stopped by a signal after step") == 1
     newest, _ = checkpoints.newest_complete(folder / "run")
@@ -111,7 +113,8 @@ def test_the_best_model_is_the_same_on_all_ranks(tiny_model, uneven_data, tmp_pa
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model, uneven_data, tmp_path):
-    finished = start(tmp_path, tiny_model, uneven_data, provoke={"what": "interrupt", "step": 3})
+    provoke = {"what": "interrupt", "step": 3}
+    finished = start(tmp_path, tiny_model, uneven_data, real_launcher=True, provoke=provoke)
     assert finished.status != 0
     assert "Stopped by a signal after step 4" in finished.output
     assert checkpoints.newest_complete(tmp_path / "run")[0].name == "checkpoint-4"
@@ -119,7 +122,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model, uneven_data
 
 def test_a_rank_that_stands_still_is_reported_and_all_end(tiny_model, uneven_data, tmp_path):
     options = {"plugin": {"watchdog_timeout_s": 3}, "provoke": {"what": "hang", "step": 3}}
-    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    finished = start(tmp_path, tiny_model, uneven_data, real_launcher=True, **options)
     assert finished.status != 0
     assert finished.output.count("No step has ended for 3 s") == 1
     assert "rank 1: step 3, hang (" in finished.output

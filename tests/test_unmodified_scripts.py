@@ -47,6 +47,7 @@ def train(tiny_model, uneven_data, tmp_path_factory):
                 [*arguments, tiny_model, uneven_data, folder / "out"],
                 environment={"HF_HOME": str(folder / "cache")} | (environment or {}),
                 launcher=launcher,
+                real_launcher=name != "explicit",
             )
             assert finished.status == 0, finished.output[-4000:]
             done[name] = losses(folder / "out"), finished.output, folder / "out"
@@ -127,6 +128,6 @@ def test_the_process_group_is_gloo_on_a_cpu_whatever_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_the_quick_start_trains(tiny_model, tmp_path):
-    finished = launch(ROOT / "examples" / "quick_start.py", [tiny_model, tmp_path / "out"])
+    finished = launch(ROOT / "examples" / "quick_start.py", [tiny_model, tmp_path / "out"], real_launcher=True)
     assert finished.status == 0, finished.output[-4000:]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -17,14 +17,14 @@ def runs(tiny_model, uneven_data, tmp_path_factory):
         # Unsloth writes the trainers that it generates, so each run gets a folder of its own.
         environment = {"HF_HOME": str(folder / "cache"), "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")}
         arguments = [tiny_model, uneven_data, folder, accumulation]
-        finished = launch(WORKERS / "unsloth_trainer.py", arguments, processes, environment)
+        finished = launch(WORKERS / "unsloth_trainer.py", arguments, processes, environment, real_launcher=True)
         assert finished.status == 0, finished.output[-4000:]
         folders[processes] = folder
     return folders
 
 
 def test_the_loaders_keep_unsloths_calls_and_leave_other_gpus_alone():
-    finished = launch(WORKERS / "unsloth_loader.py", processes=1)
+    finished = launch(WORKERS / "unsloth_loader.py", processes=1, real_launcher=True)
     assert finished.status == 0, finished.output[-3000:]
     seen = json.loads(finished.output.splitlines()[-1])
     assert seen["same_signature"] == [True] * 4

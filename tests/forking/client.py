@@ -1,12 +1,14 @@
 """The side of the tests: start the warm process, and let it launch scripts."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
-import tempfile
+import time
 from contextlib import suppress
 from multiprocessing import Pipe
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 
 # Libraries derive folders from it when they are imported. It cannot be made, so that one they were left with shows.
@@ -54,16 +56,24 @@ class WarmProcess:
             `tuple[int, str]`: the exit status, and the standard output and error of all processes.
 
         Raises:
-            TimeoutExpired: if the launch has not ended after `timeout_s` seconds; it has then.
+            TimeoutExpired: with the output so far, if the launch had not ended after `timeout_s` seconds.
         """
-        with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-            self._connection.send((script, launcher, processes, environment, output.name))
-            pid = self._receive(_STARTING_S)
+        # A pipe, as with subprocess, because a limit for files that a test sets must not hold for the output.
+        output, theirs = os.pipe()
+        try:
+            self._connection.send((script, launcher, processes, environment))
+            send_handle(self._connection, theirs, self._process.pid)
+        finally:
+            os.close(theirs)
+        pid, chunks = self._receive(_STARTING_S), []
+        with open(output, "rb", buffering=0) as stream:
             try:
-                return self._receive(timeout_s), output.read()
+                _read(stream, chunks, time.monotonic() + timeout_s)
+                status = self._receive(timeout_s)
             except TimeoutError:
                 self._end(pid)
-                raise subprocess.TimeoutExpired(script, timeout_s, output.read()) from None
+                raise subprocess.TimeoutExpired(script, timeout_s, _text(chunks)) from None
+        return status, _text(chunks)
 
     def _receive(self, timeout_s: float):
         if not self._connection.poll(timeout_s):
@@ -77,3 +87,20 @@ class WarmProcess:
             with suppress(TimeoutError):
                 self._receive(_ENDING_S)
                 return
+
+
+def _read(stream, chunks: list[bytes], deadline: float) -> None:
+    """Collect what a pipe gives until nobody can write to it any more."""
+    while True:
+        ready, _, _ = select.select([stream], [], [], max(deadline - time.monotonic(), 0))
+        if not ready:
+            raise TimeoutError
+        chunk = stream.read(1 << 16)
+        if not chunk:
+            return
+        chunks.append(chunk)
+
+
+def _text(chunks: list[bytes]) -> str:
+    """As subprocess decodes it in text mode: line ends are one character."""
+    return b"".join(chunks).decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")

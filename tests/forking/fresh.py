@@ -6,30 +6,29 @@ from pathlib import Path
 
 import numpy
 
-from .client import NO_HOME
 
-
-def redirect(output: str) -> None:
-    """Let standard output and error, which nothing has been written to yet, go to the end of a file."""
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+def redirect(output: int) -> None:
+    """Let standard output and error, which nothing has been written to yet, go to another file."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
 
 
 def set_environment(environment: dict[str, str]) -> None:
+    warm_home = os.environ["HF_HOME"]
     os.environ.clear()
     os.environ.update(environment)
     cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    _move_home(os.environ.get("HF_HOME", os.path.join(cache, "huggingface")))
+    _move_home(warm_home, os.environ.get("HF_HOME", os.path.join(cache, "huggingface")))
 
 
-def _move_home(home: str) -> None:
+def _move_home(warm: str, home: str) -> None:
     """Correct the folders that libraries have derived from `HF_HOME` when they were imported."""
     for module in list(sys.modules.values()):
         for name, value in list(vars(module).items()):
-            if isinstance(value, (str, Path)) and str(value).startswith(NO_HOME):
-                setattr(module, name, type(value)(home + str(value)[len(NO_HOME) :]))
+            # By type(), because isinstance() wakes up deprecated and lazy objects.
+            if issubclass(type(value), (str, Path)) and str(value).startswith(warm):
+                setattr(module, name, type(value)(home + str(value).removeprefix(warm)))
 
 
 def run(script: list[str], environment: dict[str, str]) -> None:

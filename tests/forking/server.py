@@ -5,6 +5,7 @@ import os
 import sys
 from importlib import import_module
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 
 from . import fresh, ranks
 
@@ -36,18 +37,19 @@ def _serve(connection: Connection):
     connection.send("warm")
     while True:
         try:
-            request = connection.recv()
+            request, output = connection.recv(), recv_handle(connection)
         except EOFError:
             return None
         pid = os.fork()
         if pid == 0:
             connection.close()
-            return request
+            return *request, output
+        os.close(output)
         connection.send(pid)
         connection.send(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
-def _run(script: list[str], launcher: list[str], processes: int, environment: dict[str, str], output: str) -> None:
+def _run(script: list[str], launcher: list[str], processes: int, environment: dict[str, str], output: int) -> None:
     os.setsid()
     fresh.redirect(output)
     if processes == 1:
