@@ -1,5 +1,6 @@
 """The side of the tests: start the warm process, and let it launch scripts."""
 
+import atexit
 import os
 import select
 import signal
@@ -22,7 +23,7 @@ _ENDING_S = 45  # a launcher that is told to end gives its ranks 30 s
 
 class WarmProcess:
     """
-    The process that launches are forked from. It ends with this one.
+    The process that launches are forked from. It ends with the tests.
 
     Args:
         environment (`dict[str, str]`): What the heavy libraries see when they are imported.
@@ -30,22 +31,28 @@ class WarmProcess:
     """
 
     def __init__(self, environment: dict[str, str], folder: Path):
-        self._environment = environment | {"HF_HOME": NO_HOME}
+        self.environment = environment | {"HF_HOME": NO_HOME}
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", str(Path(__file__).with_name("warm.py")), str(theirs.fileno())],
-                env=self._environment,
+                env=self.environment,
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the tests alone
             )
         assert self._receive(_STARTING_S) == "warm"
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Let the process end, and wait for it, so that what the launches took is counted as these tests' own."""
+        self._connection.close()
+        self._process.wait()
 
     def serves(self, environment: dict[str, str]) -> bool:
         """Whether a process forked from this one is the same as a fresh one with this environment."""
-        names = {name for name, _ in environment.items() ^ self._environment.items()}
+        names = {name for name, _ in environment.items() ^ self.environment.items()}
         return all(name in _FREE_NAMES or name.startswith(_FREE_PREFIX) for name in names)
 
     def launch(self, script: list[str], launcher: list[str], processes: int, environment, timeout_s: float):

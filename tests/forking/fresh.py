@@ -40,5 +40,5 @@ def run(script: list[str], environment: dict[str, str]) -> None:
     namespace = vars(sys.modules["__main__"])  # the same module, because dill and others hold it already
     for name in set(namespace) - {"__name__", "__builtins__", "__loader__"}:
         del namespace[name]
-    namespace |= {"__file__": file, "__spec__": None, "__doc__": None, "__package__": None, "__annotations__": {}}
+    namespace |= {"__file__": file, **dict.fromkeys(["__spec__", "__doc__", "__package__", "__cached__"])}
     exec(compile(Path(file).read_bytes(), file, "exec", dont_inherit=True), namespace)
