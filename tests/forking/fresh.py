@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy
+import torch
 
 
 def redirect(output: int) -> None:
@@ -34,7 +35,7 @@ def _move_home(warm: str, home: str) -> None:
 def run(script: list[str], environment: dict[str, str]) -> None:
     """Run a script with its arguments as `python script arguments`; its exceptions and its exit are the caller's."""
     set_environment(environment)
-    numpy.random.seed()  # from the system, as Python's own generator is after a fork; torch's begins the same anywhere
+    _seed()
     file = script[0]
     sys.argv, sys.path[0] = list(script), os.path.dirname(os.path.abspath(file))
     namespace = vars(sys.modules["__main__"])  # the same module, because dill and others hold it already
@@ -42,3 +43,11 @@ def run(script: list[str], environment: dict[str, str]) -> None:
         del namespace[name]
     namespace |= {"__file__": file, **dict.fromkeys(["__spec__", "__doc__", "__package__", "__cached__"])}
     exec(compile(Path(file).read_bytes(), file, "exec", dont_inherit=True), namespace)
+
+
+def _seed() -> None:
+    """Seed from the system what a fresh process does: one rank must not draw what another draws by itself."""
+    numpy.random.seed()  # Python's own generator does this after a fork
+    # PyTorch 2.14 begins with a random seed; earlier ones everywhere with that of any new generator.
+    if torch.initial_seed() != torch.Generator().initial_seed():
+        torch.default_generator.seed()

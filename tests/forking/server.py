@@ -24,12 +24,15 @@ _HEAVY = (
 
 
 def main() -> None:
+    before = dict(os.environ)
     for name in _HEAVY:
         import_module(name)
+    set_by_imports = dict(os.environ.items() - before.items())
     gc.freeze()  # or the first collection of each forked process would touch, and so copy, all of their memory
-    launch = _serve(Connection(int(sys.argv[1])))
-    if launch is not None:
-        _run(*launch)
+    request = _serve(Connection(int(sys.argv[1])))
+    if request is not None:
+        script, launcher, processes, environment, output = request
+        _run(script, launcher, processes, environment | set_by_imports, output)
 
 
 def _serve(connection: Connection):

@@ -31,12 +31,12 @@ if __name__ == "__main__":
         "excepthook": sys.excepthook is sys.__excepthook__,
         "cache": [str(datasets.config.HF_DATASETS_CACHE), str(datasets.config.HF_MODULES_CACHE)],
         "torch": [
-            torch.initial_seed(),
-            torch.rand(2).tolist(),
             torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
             str(torch.get_default_dtype()),
         ],
+        "torch_seed_is_fixed": torch.initial_seed() == torch.Generator().initial_seed(),
         "verbosity": [transformers.logging.get_verbosity(), datasets.logging.get_verbosity()],
     }
-    drawn = [random.random(), float(numpy.random.rand())]
+    drawn = [random.random(), float(numpy.random.rand()), torch.initial_seed()]
     (Path(sys.argv[1]) / f"result{os.environ['RANK']}.json").write_text(json.dumps({"found": found, "drawn": drawn}))
