@@ -4,12 +4,10 @@ this code relies on. When an upgrade removes one or changes it, the test that fa
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from .launching import ROOT, WORKERS, clean_environment
+from .launching import WORKERS, launch
 
 # point: parameters that must exist, in this order among the others
 POINTS = {
@@ -72,11 +70,10 @@ UNSLOTH_POINTS = {
 }
 
 
-def signatures(points):
-    command = [sys.executable, str(WORKERS / "signatures.py"), *points]
-    finished = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=ROOT)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return json.loads(finished.stdout.splitlines()[-1])
+def signatures(points, real_launcher=False):
+    finished = launch(WORKERS / "signatures.py", points, processes=1, real_launcher=real_launcher)
+    assert finished.status == 0, finished.output[-3000:]
+    return json.loads(finished.output.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +83,7 @@ def found():
 
 @pytest.fixture(scope="module")
 def found_in_unsloth():
-    return signatures(UNSLOTH_POINTS)
+    return signatures(UNSLOTH_POINTS, real_launcher=True)
 
 
 def check(point, needed, parameters):
