@@ -6,11 +6,12 @@ import pytest
 
 from .launching import WORKERS, launch, result, warm_process
 
+pytestmark = pytest.mark.launch
+
 # Which port and which folder for error files the launcher has found free.
 CHOSEN = ("MASTER_PORT", "TORCHELASTIC_ERROR_FILE")
 
 
-@pytest.mark.launch
 def test_a_forked_rank_starts_as_one_that_the_launcher_starts(tmp_path):
     found, drawn = {}, []
     for way in ("real", "forked"):

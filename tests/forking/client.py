@@ -90,7 +90,8 @@ class WarmProcess:
     def _end(self, pid: int) -> None:
         """End a launch as its user would, so that the launcher ends its ranks; then without asking."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
-            os.kill(pid, sign)
+            with suppress(ProcessLookupError):  # it has ended, and something that it started still holds the output
+                os.kill(pid, sign)
             with suppress(TimeoutError):
                 self._receive(_ENDING_S)
                 return
