@@ -3,17 +3,20 @@
 import json
 import os
 import stat
+from importlib import metadata
 from types import SimpleNamespace
 
+import datasets
 import pytest
+import torch
 
 from accelerate_unsloth import agreement, saving
+from accelerate_unsloth.data.lengths import write_lengths
 
 
 @pytest.fixture
 def trainer(tiny_model, monkeypatch):
     """What `agreement.describe` looks at, with a hub token in the arguments and in the environment."""
-    import datasets
     from transformers import AutoModelForCausalLM
 
     from accelerate_unsloth import SFTConfig, UnslothPlugin
@@ -24,27 +27,80 @@ def trainer(tiny_model, monkeypatch):
         args=SFTConfig("out", hub_token="hf_secret_of_the_arguments", use_cpu=True, bf16=False, report_to="none"),
         plugin=UnslothPlugin(),
         model=AutoModelForCausalLM.from_pretrained(tiny_model),
-        train_dataset=datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]}),
+        train_dataset=datasets.Dataset.from_dict({"input_ids": [[1, 2], [3], [4]], "labels": [[1, 2], [3], [4]]}),
+        eval_dataset=datasets.Dataset.from_dict({"input_ids": [[1], [2]]}),
     )
 
 
 def test_no_secret_is_in_what_ranks_compare(trainer):
-    assert "secret" not in json.dumps(agreement.describe(trainer))
+    trainer.args.model_init_kwargs = {"token": "hf_secret_inside", "deeper": [{"api_key": "secret"}], "revision": "main"}
+    described = json.dumps(agreement.describe(trainer))
+    assert "secret" not in described
+    assert "'revision': 'main'" in described
 
 
-def test_the_comparison_covers_versions_arguments_options_model_and_data(trainer):
-    described = agreement.describe(trainer)
-    for entry in (
-        "version of torch",
-        "argument learning_rate",
-        "argument seed",
-        "argument output_dir",
-        "plugin option gradient_sync",
-        "model configuration",
-        "names, shapes and types of trainable tensors",
-        "samples of the training data set",
-    ):
-        assert entry in described
+def change_weight(trainer, **how):
+    name, weight = next(iter(trainer.model.named_parameters()))
+    trainer.model.register_parameter(name.replace(".", "_"), torch.nn.Parameter(weight.detach().to(**how)))
+
+
+def other_tokens(column):
+    def change(trainer):
+        rows = trainer.train_dataset.to_dict()
+        rows[column][1] = [9]  # neither the first nor the last, and no longer or shorter
+        trainer.train_dataset = datasets.Dataset.from_dict(rows)
+
+    return change
+
+
+# What must be equal on all ranks, and a change of it on one of them.
+CHANGES = {
+    "argument seed": lambda trainer: setattr(trainer.args, "seed", 1),
+    "argument learning_rate": lambda trainer: setattr(trainer.args, "learning_rate", 0.5),
+    "argument model_init_kwargs": lambda trainer: setattr(trainer.args, "model_init_kwargs", {"revision": "other"}),
+    "plugin option gradient_sync": lambda trainer: setattr(trainer.plugin, "gradient_sync", "overlapped"),
+    "model configuration": lambda trainer: setattr(trainer.model.config, "rope_theta", 5.0),
+    "number of trainable tensors": change_weight,
+    "names, shapes and types of trainable tensors": lambda trainer: trainer.model.to(torch.float64),
+    "samples of the training data set": lambda trainer: setattr(
+        trainer, "train_dataset", trainer.train_dataset.select([0, 1])
+    ),
+    "lengths of the training data set": lambda trainer: setattr(
+        trainer, "train_dataset", trainer.train_dataset.select([1, 0, 2])
+    ),
+    "tokens of the training data set": other_tokens("labels"),
+    "samples of the evaluation data set": lambda trainer: setattr(
+        trainer, "eval_dataset", trainer.eval_dataset.select([0])
+    ),
+    "samples of the evaluation one data set": lambda trainer: setattr(
+        trainer, "eval_dataset", {"one": trainer.eval_dataset}
+    ),
+}
+
+
+@pytest.mark.parametrize("entry", CHANGES)
+def test_what_must_be_equal_is_compared(entry, trainer):
+    before = agreement.describe(trainer)
+    CHANGES[entry](trainer)
+    assert any(line.startswith(f"{entry}: ") for line in agreement.differences([before, agreement.describe(trainer)]))
+
+
+@pytest.mark.parametrize("library", ["accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth"])
+def test_versions_of_the_libraries_are_compared(library, trainer, monkeypatch):
+    before = agreement.describe(trainer)
+    monkeypatch.setattr(agreement, "version", lambda name: "0.0" if name == library else metadata.version(name))
+    (line,) = agreement.differences([before, agreement.describe(trainer)])
+    assert line == f"version of {library}: {metadata.version(library)} on rank 0; 0.0 on rank 1"
+
+
+def test_equal_data_in_another_place_is_no_difference(trainer, tmp_path):
+    """As on machines that share no disk: other files, another fingerprint."""
+    before = agreement.describe(trainer)
+    trainer.train_dataset.save_to_disk(tmp_path)
+    write_lengths(trainer.train_dataset, tmp_path)
+    trainer.train_dataset = datasets.load_from_disk(tmp_path)
+    trainer.train_dataset._fingerprint = "another"
+    assert agreement.differences([before, agreement.describe(trainer)]) == []
 
 
 def test_each_difference_is_named_with_ranks_and_values():
@@ -56,7 +112,6 @@ def test_each_difference_is_named_with_ranks_and_values():
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_saved_weights_follow_the_umask(umask, mode, tmp_path):
-    import torch
     from safetensors.torch import save_file
 
     earlier = os.umask(umask)
