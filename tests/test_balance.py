@@ -1,5 +1,7 @@
 """Level dealing, as a function of numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -84,3 +86,16 @@ def test_lengths_beside_a_data_set_are_read_from_there(tmp_path):
     assert isinstance(lengths_of(stored), np.memmap)
     assert lengths_of(stored).tolist() == [3, 1, 5]
     assert lengths_of(stored.select([2])).tolist() == [5]  # not the file's, which are of all rows
+    assert lengths_of(stored.select([2, 1, 0])).tolist() == [5, 1, 3]
+
+
+def test_lengths_of_rows_that_were_made_of_stored_ones_are_their_own(tmp_path):
+    """What `map` and `filter` make lies beside the data set that it was made of, and may have as many rows."""
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 5)]})
+    rows.save_to_disk(tmp_path)
+    write_lengths(rows, tmp_path)
+    stored = Dataset.load_from_disk(tmp_path)
+    doubled = stored.map(lambda row: {"input_ids": row["input_ids"] * 2})
+    assert Path(doubled.cache_files[0]["filename"]).parent == tmp_path
+    assert lengths_of(doubled).tolist() == [6, 2, 10]
+    assert lengths_of(stored.filter(lambda row: len(row["input_ids"]) > 1)).tolist() == [3, 5]
