@@ -32,7 +32,7 @@ def count_lengths(dataset: datasets.Dataset) -> np.ndarray | None:
     [2, 1]
     ```
     """
-    if _COLUMN not in (dataset.column_names or ()):
+    if _COLUMN not in dataset.column_names:
         return None
     tables = dataset.select_columns([_COLUMN]).with_format("arrow").iter(batch_size=10_000)
     counts = [pc.list_value_length(table[_COLUMN]).to_numpy() for table in tables]
