@@ -20,9 +20,11 @@ MESSAGES = {
     "folder not writable": "/proc/no",
 }
 
+SECRET = "hf_secretOfTheEnvironment"
+
 
 def run(case, tiny_model, folder, environment=None):
-    environment = {"HF_HOME": str(folder / "cache")} | (environment or {})
+    environment = {"HF_HOME": str(folder / "cache"), "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET} | (environment or {})
     return launch(WORKERS / "bad_input.py", [case, tiny_model, folder / "out"], environment=environment, timeout_s=60)
 
 
@@ -31,6 +33,7 @@ def test_a_mistake_gives_one_message_and_ends_all(case, tiny_model, tmp_path):
     finished = run(case, tiny_model, tmp_path)
     assert finished.status != 0
     assert MESSAGES[case] in finished.output
+    assert SECRET not in finished.output
     own = finished.output.split("torch/distributed/elastic")[0]  # before the launcher's own report
     chained = own.count("direct cause of the following") + own.count("another exception occurred")
     assert own.count("Traceback (most recent call last)") == 1 + chained

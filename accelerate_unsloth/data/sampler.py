@@ -196,8 +196,7 @@ class EffectiveBatchSampler(Sampler):
             return ranks
         shares = [[sample for batch in batches for sample in batch] for batches in ranks]
         return [
-            cut(share, self.lengths[share].tolist(), self.cost, token_budget=self.token_budget) if share else []
-            for share in shares
+            cut(share, self.lengths[share].tolist(), self.cost, token_budget=self.token_budget) for share in shares
         ]
 
     def _micro_steps(self, batches: list[list[int]], filler: list[int]) -> Iterator[list[list[int]]]:
@@ -205,7 +204,7 @@ class EffectiveBatchSampler(Sampler):
         if self.in_step or len(batches) <= self.accumulation:
             empty = [filler] if self.in_step else []
             yield from ([batch] for batch in batches)
-            yield from (list(empty) for _ in range(self.accumulation - len(batches)))
+            yield from [empty] * (self.accumulation - len(batches))
             return
         edges = [len(batches) * turn // self.accumulation for turn in range(self.accumulation + 1)]
         yield from (batches[start:end] for start, end in pairwise(edges))
