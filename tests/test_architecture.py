@@ -19,6 +19,7 @@ ROOMS = [
     "visibility",
     "devices",
     "configs",
+    "launch_file",
     "plugin",
     "topology",
     "channel",
