@@ -52,8 +52,9 @@ class ConfigManager:
         """
         Work out the options of a LoRA fine-tune, by the arithmetic of `accelerate-unsloth estimate-memory`.
 
-        Nothing of the script's is changed by it: the samples of a step stay its own, and how they are cut into
-        micro-batches has no effect on losses. What the script has to do for the arithmetic to hold is in `assumptions`.
+        Decided are the number of processes, the largest micro-batch, and whether activations are recomputed, which wins
+        over the script. None of them changes the samples of a step or its loss, and the batch stays the script's. What the
+        script has to do for the arithmetic to hold is in `assumptions`.
 
         Args:
             model_size (`str`, `Path`, [`~transformers.PreTrainedConfig`] or [`ModelShape`], *optional*, defaults to `"7B"`):

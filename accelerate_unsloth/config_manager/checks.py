@@ -37,12 +37,13 @@ def of_config(config: Any) -> list[str]:
     if isinstance(plugin, UnslothPlugin):
         found += of_plugin(asdict(plugin))
         found += _contradictions(config, plugin)
-    return list(dict.fromkeys(found))  # a bad environment variable is met by every field
+    return found
 
 
 def of_plugin(options: Mapping[str, Any]) -> list[str]:
     """Problems of what would be passed as `UnslothPlugin(**options)`."""
-    return list(dict.fromkeys(_refusals(UnslothPlugin, options, "an option of UnslothPlugin")))
+    found = _refusals(UnslothPlugin, options, "an option of UnslothPlugin")
+    return list(dict.fromkeys(found))  # a bad environment variable is met by every option
 
 
 def _refusals(kind: type, values: Mapping[str, Any], what: str) -> Iterator[str]:

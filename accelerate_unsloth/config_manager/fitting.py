@@ -75,7 +75,7 @@ def _too_small(work: Workload) -> str:
 
 def _remedies(work: Workload, peak_gib: float) -> str:
     ways = []
-    if not work.load_in_4bit and work.tokens(True, load_in_4bit=True) >= work.max_seq_length:
+    if work.tokens(True, load_in_4bit=True) >= work.max_seq_length:
         ways.append("set load_in_4bit=True")
     if tokens := work.tokens(recompute=True):
         ways.append(f"lower max_seq_length to at most {tokens:,}")
