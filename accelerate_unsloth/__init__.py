@@ -22,6 +22,7 @@ _PUBLIC = {
     "get_multi_gpu_status": "patch",
     "get_active_config": "patch",
     "DeviceManager": "devices",
+    "ConfigManager": "config_manager",
 }
 
 __all__ = ["__version__", *_PUBLIC]
