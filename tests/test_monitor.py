@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from accelerate_unsloth.monitor import RankReading, summary
+from accelerate_unsloth.readings import RankReading, summary
 
 from .launching import WORKERS, launch, result
 
