@@ -68,7 +68,6 @@ def _loss(record: Record) -> Chart | None:
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return None
-    # As `_over_steps` does for the one line of training; evaluations are far fewer.
     said = [f"{name} from {_said(points[0][1])} to {_said(points[-1][1])}" for name, points in lines.items()]
     return _over_steps("Loss", lines, "loss", f"Loss by step: {'; '.join(said)}.", from_zero=False)
 
@@ -86,7 +85,7 @@ def _imbalance(record: Record) -> Chart | None:
     if not points or record.processes == 1:
         return None
     description = (
-        f"Tokens of the rank with the most over the mean of the ranks, by step; 1 is level: {_range(points)}."
+        f"Tokens of the rank with the most over the mean of the ranks, by step, where 1 is level: {_range(points)}."
     )
     return _over_steps("Imbalance", {"most / mean": points}, "tokens, most / mean", description, from_zero=False)
 
@@ -95,12 +94,9 @@ def _step_time(record: Record) -> Chart | None:
     lines = _by_rank(record, lambda reading: reading.step_s)
     if not lines:
         return None
-    figure_of = {rank.rank: rank.step_s for rank in figures.ranks(record)}
-    slowest, fastest = max(figure_of, key=figure_of.get), min(figure_of, key=figure_of.get)
-    description = (
-        f"Seconds of each rank's own forward and backward a step: rank {slowest} takes longest, with a mean of "
-    )
-    description += f"{_said(figure_of[slowest])} s; rank {fastest} is fastest, with {_said(figure_of[fastest])} s."
+    by_time = sorted(figures.ranks(record), key=lambda rank: rank.step_s)
+    said = [f"{_said(rank.step_s)} s on rank {rank.rank}" for rank in dict.fromkeys((by_time[-1], by_time[0]))]
+    description = f"Each rank's own forward and backward a step: on average {', '.join(said)}."
     return _over_steps("Own work a step", lines, "seconds", description)
 
 
@@ -117,8 +113,8 @@ def _gpu_memory(record: Record) -> Chart | None:
     ranks = [rank for rank in figures.ranks(record) if rank.peak_gib]
     if not ranks:
         return None
-    names = [str(rank.rank) for rank in ranks]
-    figure, axes = _new_figure("GPU memory")
+    names = [rank.rank for rank in ranks]
+    figure, axes = _new_figure()
     kinds = (
         ("within reach", [rank.reachable_gib for rank in ranks], _COLOURS[-1], 0.35),
         ("reserved, highest", [rank.reserved_gib for rank in ranks], _COLOURS[0], 0.5),
@@ -126,8 +122,7 @@ def _gpu_memory(record: Record) -> Chart | None:
     )
     for (kind, values, colour, alpha), width in zip(kinds, (0.8, 0.6, 0.6), strict=True):
         axes.bar(names, values, width=width, color=colour, alpha=alpha, label=kind)
-    axes.set_xlabel("rank")
-    axes.set_ylabel("GiB")
+    _label(axes, "rank", "GiB")
     axes.margins(x=max(0.05, 0.5 - 0.1 * len(ranks)))
     axes.grid(visible=False, axis="x")
     _legend_above(axes, 3)
@@ -151,9 +146,7 @@ def _by_rank(record: Record, value) -> dict[str, list[tuple[int, float]]]:
 
 
 def _over_steps(title: str, lines: dict, unit: str, description: str, from_zero: bool = True) -> Chart:
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = _new_figure(title)
+    figure, axes = _new_figure()
     for number, (name, points) in enumerate(lines.items()):
         drawn, each = figures.thinned(points, _POINTS)
         if each > 1:
@@ -169,9 +162,7 @@ def _over_steps(title: str, lines: dict, unit: str, description: str, from_zero:
             markersize=3.5,
             label=name,
         )
-    axes.set_xlabel("step")
-    axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, "step", unit)
     if from_zero:
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
@@ -179,7 +170,18 @@ def _over_steps(title: str, lines: dict, unit: str, description: str, from_zero:
     return Chart(title, description, _svg(figure, title.lower().replace(" ", "-")))
 
 
-def _new_figure(title: str):
+def _label(axes, x: str, y: str) -> None:
+    """Names of the axes; whole numbers along x, where one rank or step alone has a tick too."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
+
+
+def _new_figure():
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
@@ -213,4 +215,4 @@ def _said(value: float) -> str:
 
 def _range(points: list[tuple[int, float]]) -> str:
     values = [value for _, value in points]
-    return f"between {_said(min(values))} and {_said(max(values))}"
+    return f"from {_said(min(values))} to {_said(max(values))}"

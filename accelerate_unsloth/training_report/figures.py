@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
     ```
     """
     if seconds < 59.95:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
@@ -47,14 +47,15 @@ def number(value) -> str:
 
 
 def devices(record: Record) -> str:
-    """Such as `2 x NVIDIA H200`."""
+    """Such as `2 x NVIDIA H200`, or `2 CPU processes`."""
     names = [reading.device for reading in record.history.totals()] or [record.device] * record.processes
-    counts = {name: names.count(name) for name in names}
-    return " and ".join(f"{count} x {_device(name)}" if count > 1 else _device(name) for name, count in counts.items())
+    return " and ".join(_devices(name, names.count(name)) for name in dict.fromkeys(names))
 
 
-def _device(name: str) -> str:
-    return "CPU process" if name.lower() == "cpu" else name
+def _devices(name: str, count: int) -> str:
+    if name.lower() == "cpu":
+        return f"{count} CPU process{'es' * (count > 1)}"
+    return f"{count} x {name}" if count > 1 else name
 
 
 def final_loss(record: Record) -> float | None:

@@ -107,8 +107,8 @@ def _cards(record: Record) -> list[tuple[str, object]]:
         ("Time", figures.duration(record.spent.total_s)),
         ("Tokens", tokens[-1][1] if tokens else None),
         ("Tokens/s", figures.tokens_per_second(record)),
-        ("Imbalance, most / mean", figures.imbalance(record) if record.processes > 1 else None),
-        ("Peak GPU memory, GiB", peak_gib or None),
+        ("Imbalance", figures.imbalance(record) if record.processes > 1 else None),
+        ("GPU peak, GiB", peak_gib or None),
         ("Processes", record.processes),
     ]
 
@@ -199,7 +199,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence], caption: str = "") 
         )
         body += f'<tr><th scope="row"{_class(numeric[0])}>{_number(first)}</th>{cells}</tr>\n'
     said = f"<caption>{_text(caption)}</caption>" if caption else ""
-    return f'<div class="wide">\n<table>{said}{head}<tbody>\n{body}</tbody></table>\n</div>'
+    kind = ' class="figures"' if any(numeric) else "" if head else ' class="facts"'
+    return f'<div class="wide">\n<table{kind}>{said}{head}<tbody>\n{body}</tbody></table>\n</div>'
 
 
 def _class(is_number: bool) -> str:

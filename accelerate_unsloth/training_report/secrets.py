@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-HIDDEN = "[hidden]"
+HIDDEN = "HIDDEN"
 
 _SECRET_NAME = re.compile(
-    r"token(?!s|iz)|secret|passw|passphrase|pwd|credential|auth(?!or)|bearer|cookie|api.?key|(^|[_.-])key$",
+    r"token(?!s|iz)|secret|passw|passphr|pwd|credential|auth(?!ors?\b|ors?_|ority)|bearer|cookie|api.?key|(^|[_.-])key$",
     re.IGNORECASE,
 )
 # Tokens of a vocabulary, such as --pad_token.
@@ -21,10 +21,12 @@ _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 _FORMS = (
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # https://user:password@host
-    re.compile(r"\b(hf|api_org|ghp|gho|ghs|ghu|glpat|github_pat|sk|pk|rk|xox[a-z]|wandb_v\d)[_-][\w-]{10,}"),
-    re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
-    re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),  # a JSON web token
-    re.compile(r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{40}\b"),  # a key of Weights & Biases
+    re.compile(
+        r"(?<![A-Za-z0-9])(hf|api_org|ghp|gho|ghs|ghu|glpat|github_pat|sk|pk|rk|xox[a-z]|wandb_v\d)[_-][\w-]{10,}"
+    ),
+    re.compile(r"(?<![A-Za-z0-9])(AKIA|ASIA)[A-Z0-9]{16}\b"),
+    re.compile(r"(?<![A-Za-z0-9])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),  # a JSON web token
+    re.compile(r"(?<![A-Za-z0-9])(?=[0-9a-f]*[0-9])[0-9a-f]{40}(?![A-Za-z0-9])"),  # a key of Weights & Biases
 )
 _PAIR = re.compile(
     r"""(?P<name>["']?[\w.-]+["']?\s*[:=]\s*)"""
@@ -80,7 +82,7 @@ def command_without_secrets(words: Sequence[str], environment: Mapping[str, str]
     ```python
     >>> from accelerate_unsloth.training_report.secrets import command_without_secrets
     >>> command_without_secrets(["train.py", "--hub_token", "abc", "--lr=1e-4", "--api-key=xyz"])
-    ['train.py', '--hub_token', '[hidden]', '--lr=1e-4', '--api-key=[hidden]']
+    ['train.py', '--hub_token', 'HIDDEN', '--lr=1e-4', '--api-key=HIDDEN']
     ```
     """
     clean, follows_secret_flag = [], False
