@@ -164,7 +164,7 @@ def _over_steps(title: str, lines: dict, unit: str, description: str, from_zero:
         )
     _label(axes, "step", unit)
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(value for points in lines.values() for _, value in points) or 1)
     if len(lines) > 1:
         _legend_above(axes, min(4, len(lines)))
     return Chart(title, description, _svg(figure, title.lower().replace(" ", "-")))

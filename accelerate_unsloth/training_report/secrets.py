@@ -33,6 +33,8 @@ _PAIR = re.compile(
     r"""(?P<value>"[^"]*"|'[^']*'|((bearer|basic|token)\s+)?[^\s"',;&}]+)""",
     re.IGNORECASE,
 )
+# Named like secrets, and folders all the same, which a report is full of.
+_FOLDERS = {"PWD", "OLDPWD"}
 # Shorter values ("1", "true") are no secrets, and would be cut out of unrelated words.
 _SHORTEST = 8
 
@@ -61,7 +63,8 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
         text (`str`): Any text.
         environment (`Mapping[str, str]`, *optional*): Where known secrets are looked up, by the names of variables.
     """
-    known = [value for name, value in environment.items() if is_secret_name(name) and len(value) >= _SHORTEST]
+    names = [name for name in environment if is_secret_name(name) and name not in _FOLDERS]
+    known = [environment[name] for name in names if len(environment[name]) >= _SHORTEST]
     for value in sorted(known, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, HIDDEN)
     for form in _FORMS:
