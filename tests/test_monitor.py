@@ -111,7 +111,7 @@ def test_a_gpu_is_read_as_the_driver_and_pytorch_tell(monkeypatch):
 
     from accelerate_unsloth.monitor import Monitor
 
-    gib, retries = 2**30, iter([4, 7, 7])
+    gib, retries = 2**30, iter([4, 7, 7, 9])
     told = {"max_memory_allocated": 10 * gib, "max_memory_reserved": 12 * gib, "memory_reserved": 11 * gib}
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
@@ -125,6 +125,8 @@ def test_a_gpu_is_read_as_the_driver_and_pytorch_tell(monkeypatch):
     assert (first.alloc_retries, second.alloc_retries) == (3, 0)  # those since the last log, not those of the probe
     assert first.host_total_gib > first.host_available_gib > 0
     assert [interval.step for interval in monitor.history.intervals] == [1, 2]
+    monitor.on_train_begin(None, None, None)  # of a second train()
+    assert monitor.history.intervals == []
 
 
 @pytest.mark.parametrize(

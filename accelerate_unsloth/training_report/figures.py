@@ -39,7 +39,7 @@ def number(value) -> str:
     """A number as people read it: four digits that count, thousands with commas."""
     if isinstance(value, int):
         return f"{value:,}"
-    if not isinstance(value, float) or not math.isfinite(value):
+    if not isinstance(value, float):
         return str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e3:
         return f"{value:.4g}"

@@ -29,7 +29,8 @@ _FORMS = (
     re.compile(r"(?<![A-Za-z0-9])(?=[0-9a-f]*[0-9])[0-9a-f]{40}(?![A-Za-z0-9])"),  # a key of Weights & Biases
 )
 _PAIR = re.compile(
-    r"""(?P<name>["']?[\w.-]+["']?\s*[:=]\s*)"""
+    # Only where a word begins: a long word without "=" would be searched from each of its letters.
+    r"""(?P<name>(?<![\w.-])(--[\w.-]+\s+(?!-)|["']?[\w.-]+["']?\s*[:=]\s*))"""
     r"""(?P<value>"[^"]*"|'[^']*'|((bearer|basic|token)\s+)?[^\s"',;&}]+)""",
     re.IGNORECASE,
 )
