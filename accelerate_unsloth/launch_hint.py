@@ -21,10 +21,10 @@ def command(num_processes: int, config: str = "unsloth_ddp") -> str:
     ```
     """
     words = ["accelerate", "launch", "--num_processes", str(num_processes), "--config_file", str(configs.path(config))]
-    return shlex.join([*words, *_script()])
+    return shlex.join([*words, *script()])
 
 
-def _script() -> list[str]:
+def script() -> list[str]:
     """The running script, or `-m` and the running module, with its arguments."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return sys.argv if spec is None else ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
