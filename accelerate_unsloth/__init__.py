@@ -15,6 +15,8 @@ _PUBLIC = {
     "SFTConfig": "trainers.sft",
     "SFTTrainer": "trainers.sft",
     "DistributedTrainerMixin": "trainers.mixin",
+    "MultiGPUTrainer": "trainers.loop",
+    "AggregationMethod": "policies.aggregation",
     "UnslothPlugin": "plugin",
     "enable_multi_gpu": "patch",
     "disable_multi_gpu": "patch",

@@ -206,18 +206,15 @@ class MultiGPUTrainer:
 
     def _described(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""
-        trainable = [(n, tuple(p.shape), str(p.dtype)) for n, p in self.model.named_parameters() if p.requires_grad]
-        made = {"optimizer": self.optimizer_config, "scheduler": self.scheduler_config}
-        return {
-            **agreement.of_libraries(),
-            **agreement.of_plugin(self.plugin),
-            **{f"class of the {name}": str(config["class"]) for name, config in made.items()},
-            **{f"{n} {key}": repr(value) for n, c in made.items() for key, value in c["kwargs"].items()},
+        described = agreement.describe_setup(self.model, self.plugin)
+        for name, config in (("optimizer", self.optimizer_config), ("scheduler", self.scheduler_config)):
+            described[f"class of the {name}"] = str(config["class"])
+            described |= {f"{key} of the {name}": _text(value) for key, value in config["kwargs"].items()}
+        return described | {
             "aggregation_method": self.aggregation.method.value,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "max_grad_norm": self.max_grad_norm,
             "seed": self.seed,
-            "names, shapes and types of trainable tensors": agreement.digest(trainable),
         }
 
     # ---- Training ----
@@ -360,7 +357,6 @@ class MultiGPUTrainer:
         if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
-        self._monitor.end_step()
         if self.accelerator.is_main_process:
             for callback in self.callbacks:
                 callback(dict(logs), self.global_step)
@@ -494,6 +490,11 @@ def _config(name: str, given: Mapping[str, Any] | None, default, kwargs: dict) -
     if not isinstance(given, Mapping) or not callable(given.get("class")) or set(given) - {"class", "kwargs"}:
         raise ValueError(f'{name}={given!r} is not known; give {{"class": a class, "kwargs": its arguments}}.')
     return {"class": given["class"], "kwargs": dict(given.get("kwargs", {}))}
+
+
+def _text(value: Any) -> str:
+    """Of a function only what it is called: its own text holds an address in memory."""
+    return getattr(value, "__qualname__", None) or repr(value)
 
 
 def _predicts_next_token(model: torch.nn.Module) -> bool:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from .. import checkpoints, saving
 from ..channel import channel
 
-_WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "trainer_state.json"
+_WEIGHTS, _MOVING, _STATE = "trained.safetensors", "optimizer.pt", "trainer_state.json"
+_POSITION = ("epoch", "step_in_epoch", "global_step", "num_tokens")
 
 
 def save(trainer, folder: Path) -> Path:
@@ -43,7 +44,7 @@ def _make_empty(staging: Path) -> None:
 
 def _write(trainer, staging: Path, folder: Path) -> None:
     save_file(_trained(trainer.model), staging / _WEIGHTS)
-    torch.save(trainer.optimizer.state_dict(), staging / _OPTIMIZER)
+    torch.save({name: part.state_dict() for name, part in _moving(trainer).items()}, staging / _MOVING)
     (staging / _STATE).write_text(json.dumps(_described(trainer) | _position(trainer), indent=1))
     saving.follow_umask(staging)
     checkpoints.publish(staging, folder)
@@ -69,12 +70,10 @@ def load(trainer, folder: Path) -> None:
     if differ:
         raise ValueError(f"{folder} is of another training: {'; '.join(differ)}. Set them as they were.")
     _restore_weights(trainer.model, load_file(folder / _WEIGHTS))
-    trainer.optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True))
-    if trainer.scheduler is not None:
-        trainer.scheduler.load_state_dict(state["scheduler"])
-    if trainer.accelerator.scaler is not None:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    for name in ("epoch", "step_in_epoch", "global_step", "num_tokens"):
+    moved = torch.load(folder / _MOVING, map_location="cpu", weights_only=True)
+    for name, part in _moving(trainer).items():
+        part.load_state_dict(moved[name])
+    for name in _POSITION:
         setattr(trainer, name, state[name])
     dice = folder / f"random_rank{trainer.place.rank}.pt"
     if dice.exists():  # a rank more than there were begins with dice of its own
@@ -88,21 +87,19 @@ def _described(trainer) -> dict[str, Any]:
         "aggregation_method": trainer.aggregation.method.value,
         "micro-batches of a step": trainer.gradient_accumulation_steps * trainer.place.world_size,
         "seed": trainer.seed,
-        "has a scheduler": trainer.scheduler is not None,
+        "optimizer, scheduler and scaler": sorted(_moving(trainer)),
         "trained tensors": json.loads(json.dumps(trained)),
     }
 
 
-def _position(trainer) -> dict[str, Any]:
-    scaler = trainer.accelerator.scaler
-    return {
-        "epoch": trainer.epoch,
-        "step_in_epoch": trainer.step_in_epoch,
-        "global_step": trainer.global_step,
-        "num_tokens": trainer.num_tokens,
-        "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
+def _position(trainer) -> dict[str, int]:
+    return {name: getattr(trainer, name) for name in _POSITION}
+
+
+def _moving(trainer) -> dict[str, Any]:
+    """What moves on with the steps, beside the weights."""
+    parts = {"optimizer": trainer.optimizer, "scheduler": trainer.scheduler, "scaler": trainer.accelerator.scaler}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
