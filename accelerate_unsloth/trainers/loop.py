@@ -176,7 +176,10 @@ class MultiGPUTrainer:
         if self.accelerator is not None:
             return
         accelerator = Accelerator(
-            cpu=uses_cpu() or None, mixed_precision=self.mixed_precision, kwargs_handlers=self.plugin.kwargs_handlers()
+            # Not told so, accelerate takes several processes on a machine without GPUs for one each.
+            cpu=uses_cpu() or not torch.cuda.is_available(),
+            mixed_precision=self.mixed_precision,
+            kwargs_handlers=self.plugin.kwargs_handlers(),
         )
         if accelerator.num_processes != topology().world_size:
             raise ValueError(

@@ -84,15 +84,13 @@ def train(model_folder: str, data_file: str, out: Path, options: dict) -> dict:
     if "load" in options:
         trainer.load_checkpoint(options["load"])
     before = trainer.evaluate(loader) if options.get("evaluate") else None
-    all_stats = []
-    for max_steps in options.get("epochs", [None]):
-        all_stats.append(trainer.train_epoch(loader, max_steps=max_steps))
+    all_stats = [trainer.train_epoch(loader, max_steps=max_steps) for max_steps in options.get("epochs", [None])]
     if "save" in options:
         trainer.save_checkpoint(options["save"])
     own = [
         int(ids[mask == 1].sum())
         for batch in trainer.batches(loader)
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"weights{trainer.place.rank}.safetensors")
