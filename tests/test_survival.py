@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from accelerate_unsloth import checkpoints
 
-from .launching import ROOT, WORKERS, clean_environment, launch, result
+from .launching import ROOT, WORKERS, clean_environment, finish, launch, result
+from .launching import start as spawn
 
 pytestmark = pytest.mark.launch
 
@@ -118,7 +120,30 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model, uneven_data
     finished = start(tmp_path, tiny_model, uneven_data, provoke={"what": "interrupt", "step": 3})
     assert finished.status != 0
     assert "Stopped by a signal after step 4" in finished.output
+    assert re.search(rf"exitcode\s*: {128 + signal.SIGINT}\b", finished.output)  # what schedulers understand
     assert checkpoints.newest_complete(tmp_path / "run")[0].name == "checkpoint-4"
+
+
+ASKED_TWICE = """
+import threading
+from accelerate_unsloth import stopping
+stopping._REPEAT_S = 0.0  # the launcher passes on what the terminal has sent already
+stop = stopping.StopRequest()
+with stop.listening():
+    print("listening", flush=True)
+    while stop.signal is None:
+        threading.Event().wait(0.01)
+    print("noted", flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    process = spawn([sys.executable, "-c", ASKED_TWICE])
+    for line in ("listening", "noted"):
+        assert process.stdout.readline().strip() == line
+        process.send_signal(signal.SIGINT)
+    assert finish(process, timeout_s=30).status == 128 + signal.SIGINT
 
 
 def test_a_rank_that_stands_still_is_reported_and_all_end(tiny_model, uneven_data, tmp_path):
@@ -211,6 +236,14 @@ def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model
     assert finished.status != 0
     assert "On rank 1 sample" in finished.output
     assert "set on_oversized='skip'" in finished.output
+
+
+def test_with_overlapped_sync_running_out_of_memory_ends_all_with_words(tiny_model, uneven_data, tmp_path):
+    options = {"plugin": {"gradient_sync": "overlapped"}, "provoke": {"what": "out_of_memory", "step": 1}}
+    finished = start(tmp_path, tiny_model, uneven_data, args=LARGE, **options)
+    assert finished.status != 0
+    assert finished.output.count("On rank 1 a micro-batch does not fit the memory") == 1
+    assert "gradient_sync='after_backward', under which it is cut in two" in finished.output
 
 
 def test_samples_that_do_not_fit_alone_can_be_left_out_on_record(undisturbed, tiny_model, uneven_data, tmp_path):
