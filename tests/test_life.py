@@ -85,7 +85,7 @@ def test_a_run_resumed_on_as_many_processes_is_the_uninterrupted_one_bit_for_bit
 
 def test_all_that_is_written_has_the_permissions_of_the_umask(whole):
     umask = os.umask(0)
-    os.umask(umask)
+    os.umask(umask)  # this looks at it
     written = [file for name in ("run", "adapter", "merged") for file in (whole / name).rglob("*") if file.is_file()]
     modes = {str(file.relative_to(whole)): oct(stat.S_IMODE(file.stat().st_mode)) for file in written}
     assert modes == dict.fromkeys(modes, oct(0o666 & ~umask))
