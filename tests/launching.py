@@ -30,12 +30,13 @@ def launch(
     timeout_s: int = 120,
     config: str = "unsloth_ddp_cpu",
     launcher=(),
+    inside=(),
 ) -> Finished:
     """
-    Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`; fail the test if
-    they have not ended after `timeout_s` seconds.
+    Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`, and `inside` as the
+    command that all of it runs in; fail the test if they have not ended after `timeout_s` seconds.
     """
-    command = [sys.executable]
+    command = [*inside, sys.executable]
     if processes > 1:
         # Port 0 lets the launcher find a free one, so that tests can run side by side.
         command += [*launcher_command(config, processes, port=0), *launcher]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accelerate_unsloth.data.balance import RowCost, cut, deal_balanced, deal_level, pack_padded
@@ -62,6 +62,7 @@ PADDED, SQUARE = RowCost(padded=True), RowCost(attention_per_token=1.0)
         ([1, 9, 1], PADDED, {"count": 1}, [[11, 10, 12]]),
         ([4, 4], PADDED, {"token_budget": 8}, [[10, 11]]),  # just full
         ([8, 3, 2, 2], PADDED, {"token_budget": 8}, [[10], [11, 12], [13]]),
+        ([7, 6, 1], PADDED, {"token_budget": 19}, [[11, 12], [10]]),  # one more than by the sum, not two
     ],
 )
 def test_a_share_is_cut_as_the_budget_or_the_count_asks(lengths, cost, options, expected):
@@ -81,6 +82,7 @@ def test_padded_micro_batches_are_few_and_dealt_level(lengths, budget, expected)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))
+@example([1, 1, 1, 1], 2)
 @settings(max_examples=200, deadline=None)
 def test_the_costliest_padded_micro_batch_costs_as_little_as_possible(lengths, parts):
     groups = pack_padded(lengths, parts)

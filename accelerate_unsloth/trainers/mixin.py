@@ -198,7 +198,7 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         self._monitor.begin_work()
         if self.gradient_sync.mode == "overlapped":
             (batch,) = inputs
-            loss = super().training_step(model, batch.inputs, num_items_in_batch)
+            loss = self._learn_in_step(model, batch, num_items_in_batch)
             self._step_loss += loss
             if self.accelerator.sync_gradients:
                 self._end_step_without_reducer()

@@ -70,6 +70,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     seen = {
         "losses": [entry["loss"] for entry in history],
+        "learning_rates": [entry["learning_rate"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "num_tokens": [entry["num_tokens"] for entry in history],
         "gradient_sync": trainer.gradient_sync.mode,
