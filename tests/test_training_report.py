@@ -98,11 +98,16 @@ NOTHING_TO_DRAW = {"history": History(), "log_history": []}
 def trained(tiny_model, uneven_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reported")
     options = {
-        "args": {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 5, "hub_token": HUB_TOKEN}
+        "args": {
+            "gradient_accumulation_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+            "hub_token": "a-key-to-the-hub",
+        }
         | {"save_strategy": "steps", "save_steps": 10},
         "plugin": {"report": True},
         "evaluate": True,
-        "words of the command": f"<b>bold</b> {WANDB_KEY} open-sesame",
+        "words of the command": f"<b>bold</b> {HUB_TOKEN} {WANDB_KEY} open-sesame",
     }
     finished = launch(
         WORKERS / "train.py",
@@ -167,8 +172,8 @@ def test_the_command_is_in_it_without_secrets_and_without_markup(source):
     assert str(WORKERS / "train.py") in seen.text
     assert "<b>bold</b>" in seen.text
     assert all(tag != "b" for tag, _ in seen.elements)
-    assert seen.text.count(HIDDEN) >= 3
-    for secret in (HUB_TOKEN, WANDB_KEY, "open-sesame"):
+    assert seen.text.count(HIDDEN) == 4
+    for secret in ("a-key-to-the-hub", HUB_TOKEN, WANDB_KEY, "open-sesame"):
         assert secret not in source
 
 
