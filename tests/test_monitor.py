@@ -63,6 +63,7 @@ def host(available_gib, total_gib=64.0):
         ([gpu(peak_gib=23.5, retries=1)], [("gpu retries", (0,)), ("gpu full", (0,))]),
         ([host(3.3), host(3.2)], []),
         ([host(3.3), host(3.1)], [("host", (1,))]),
+        ([gpu(peak_gib=1.0, reachable_gib=0.0)], []),  # all of it is somebody else's by now
         ([RankReading()], []),
     ],
 )
