@@ -62,7 +62,7 @@ def fit(work: Workload) -> Fit:
 
 def _too_small(work: Workload) -> str:
     held = work.estimate(recompute=True)
-    peak, limit = held.peak_gib(work.max_seq_length), work.gpu_gib * work.fraction
+    peak, limit = held.most_gib(work.max_seq_length), work.gpu_gib * work.fraction
     return (
         f"{work.name}, in {work.bits} bits, does not fit {work.gpu_gib:.1f} GiB: each GPU holds "
         f"{held.weights_gib:.2f} GiB of weights, {held.adapters_gib + held.gradients_gib + held.optimizer_gib:.2f} of "
