@@ -7,7 +7,6 @@ reduction behind its last backward, so ranks may have any number of micro-batche
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,71 +17,25 @@ from ..engines.loaded import choice  # noqa: F401  # takes this rank's GPU, and 
 # isort: split
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 
 from .. import agreement, launch_hint
 from ..channel import channel
 from ..data import dealt
-from ..data.loader import PlannedDataLoader, count_items, count_tokens
+from ..data.loader import PlannedDataLoader, count_items
 from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
-from ..reduction import FlatReducer, LocalReducer, StepTotals
+from ..reduction import FlatReducer, LocalReducer
 from ..topology import topology, uses_cpu
 from . import loop_state
+from .loop_evaluation import EvaluationMixin
+from .loop_stats import EpochStats, RankShare
+from .loop_step import StepMixin
 
 
-@dataclass(frozen=True)
-class RankShare:
-    """
-    What one rank did in an epoch.
-
-    Args:
-        num_tokens (`int`): Tokens of its micro-batches, padding left out where a mask tells it.
-        num_samples (`int`): Samples of them.
-        work_s (`float`): Seconds of its own forwards and backwards.
-    """
-
-    num_tokens: int
-    num_samples: int
-    work_s: float
-
-
-@dataclass(frozen=True)
-class EpochStats:
-    """
-    What an epoch came to, the same on every rank.
-
-    Args:
-        loss (`float`): Of all steps: their mean over tokens for `TOKEN_MEAN`, else over steps.
-        num_tokens (`int`): Tokens of all ranks.
-        num_samples (`int`): Samples of all ranks.
-        num_steps (`int`): Optimizer steps.
-        elapsed_s (`float`): Seconds, data loading included.
-        ranks (`tuple[RankShare]`): The share of each rank.
-    """
-
-    loss: float
-    num_tokens: int
-    num_samples: int
-    num_steps: int
-    elapsed_s: float
-    ranks: tuple[RankShare, ...]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / self.elapsed_s
-
-    @property
-    def token_imbalance(self) -> float:
-        """Tokens of the rank with the most over the mean."""
-        most = max(rank.num_tokens for rank in self.ranks)
-        return most * len(self.ranks) / max(1, self.num_tokens)
-
-
-class MultiGPUTrainer:
+class MultiGPUTrainer(StepMixin, EvaluationMixin):
     """
     Trains a model of one's own on every process of the launch.
 
@@ -303,80 +256,6 @@ class MultiGPUTrainer:
             self._planned[id(dataloader)] = (dataloader, planned)
         return self._planned[id(dataloader)][1]
 
-    def _step(self, batches: list[dealt.DealtBatch] | None) -> StepTotals | None:
-        """One optimizer step of all ranks; `None` if none of them has anything left."""
-        work, method = batches or [], self.aggregation.method
-        items = [self._count_items(batch.inputs) for batch in work]
-        tokens = sum(count_tokens(b.inputs) for b in work if isinstance(b.inputs, Mapping))
-        device = self.accelerator.device
-        own_loss = torch.zeros((), device=device, dtype=torch.float64)
-        self._monitor.begin_work()
-        for batch, count, weight in zip(work, items, aggregation.weights(method, items), strict=True):
-            if count:
-                own_loss += self._learn(batch.inputs, weight)
-        worked = self._monitor.end_work(tokens)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.scale(own_loss)  # one that has scaled nothing cannot take part in the step
-        totals = self._reducer.reduce(
-            own_loss,
-            torch.tensor(aggregation.rank_weight(method, items), device=device, dtype=torch.float64),
-            torch.tensor(tokens, device=device, dtype=torch.float64),
-            wants_stop=batches is None,
-            check_gradients=self.accelerator.scaler is None,
-        )
-        self._monitor.add_work(worked)
-        if totals.stop_votes == self.place.world_size:
-            self.optimizer.zero_grad()
-            return None
-        if method is AggregationMethod.SUM:
-            totals = self._as_sum(totals)
-        self._finish_step(totals, [sample for batch in work for sample in batch.samples])
-        return totals
-
-    def _learn(self, inputs: Any, weight: float) -> torch.Tensor:
-        """Forward and backward of one micro-batch; what it adds to this rank's loss."""
-        loss = self._loss_fn(self.model, send_to_device(inputs, self.accelerator.device, non_blocking=True)) * weight
-        self.accelerator.backward(loss)
-        return loss.detach()
-
-    def _as_sum(self, totals: StepTotals) -> StepTotals:
-        """The sum that a mean over ranks was made from."""
-        gradients = [p.grad for p in self.trainable if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, float(totals.items))
-        return StepTotals(**{**vars(totals), "loss": totals.loss * totals.items})
-
-    def _finish_step(self, totals: StepTotals, samples: list) -> None:
-        self.step_in_epoch += 1
-        self.global_step += 1
-        self.num_tokens += int(totals.tokens)
-        logs = {"loss": float(totals.loss), "epoch": self.epoch, "num_tokens": self.num_tokens}
-        logs["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        if totals.nonfinite_ranks:
-            self._handle_nonfinite(totals.nonfinite_ranks, samples)
-        elif self.max_grad_norm is not None:
-            logs["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
-        self.optimizer.step()
-        if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.scheduler.step()
-        self.optimizer.zero_grad()
-        if self.accelerator.is_main_process:
-            for callback in self.callbacks:
-                callback(dict(logs), self.global_step)
-
-    def _handle_nonfinite(self, ranks: list[int], samples: list) -> None:
-        found = channel().gather("samples", samples)
-        where = "; ".join(f"rank {rank} (samples {found[rank]})" for rank in ranks)
-        message = f"The loss or a gradient of step {self.global_step} is not finite on {where}."
-        if self.plugin.on_nonfinite == "stop":
-            raise FloatingPointError(
-                f"{message} Look at these samples, lower the learning rate, or set on_nonfinite='skip' to pass over such steps."
-            )
-        if self.accelerator.is_main_process:
-            print(f"{message} The step is skipped on all ranks.")
-        if self.accelerator.scaler is None:  # which skips by itself, and wants to see the gradients for it
-            self.optimizer.zero_grad()
-
     def _shares(self, samples: int) -> tuple[RankShare, ...]:
         """What each rank did since the last call."""
         counts = channel().gather("samples of the epoch", samples)
@@ -384,82 +263,6 @@ class MultiGPUTrainer:
         return tuple(
             RankShare(reading.tokens, count, reading.own_s) for reading, count in zip(readings, counts, strict=True)
         )
-
-    # ---- Evaluation ----
-
-    def batches(self, dataloader: DataLoader):
-        """
-        This rank's batches of a loader, on its device, each sample on one rank: for a pass of one's own.
-
-        Args:
-            dataloader ([`~torch.utils.data.DataLoader`]): Of the whole data set, the same on every rank.
-
-        Example:
-
-        ```python
-        scores = [score for batch in trainer.batches(loader) for score in judge(model, batch)]
-        scores = trainer.gather(scores)  # of the whole data set, in its order, on every rank
-        ```
-        """
-        self.setup()
-        self._given = []
-        for batch in dealt.for_evaluation(dataloader, self.place, self.plugin.balance_tokens):
-            self._given += batch.samples
-            yield send_to_device(batch.inputs, self.accelerator.device)
-
-    def gather(self, results: Sequence | torch.Tensor) -> list | torch.Tensor:
-        """
-        One result a sample, of all ranks, in the order of the data set and without repeats, on every rank.
-
-        Args:
-            results (`Sequence` or `torch.Tensor`):
-                This rank's, one for each sample of the last [`MultiGPUTrainer.batches`], in that order.
-
-        Returns:
-            `list`, or `torch.Tensor` of shape `(samples, ...)` on the CPU if tensors were given.
-
-        Raises:
-            ValueError: if there are more or fewer results than samples.
-        """
-        if len(results) != len(self._given):
-            raise ValueError(
-                f"gather() got {len(results)} results, but the last pass gave rank {self.place.rank} {len(self._given)} "
-                "samples. Pass one result for each, in the order of batches()."
-            )
-        own = [result.detach().cpu() if isinstance(result, torch.Tensor) else result for result in results]
-        everyone = gather_object(list(zip(self._given, own, strict=True)))
-        ordered = [result for _, result in sorted(everyone, key=lambda pair: pair[0])]
-        return torch.stack(ordered) if ordered and isinstance(ordered[0], torch.Tensor) else ordered
-
-    @torch.no_grad()
-    def evaluate(self, dataloader: DataLoader) -> dict[str, float]:
-        """
-        The mean loss over a loader: over all its tokens for `TOKEN_MEAN`, else over its samples.
-
-        Args:
-            dataloader ([`~torch.utils.data.DataLoader`]): Of the whole data set, the same on every rank.
-
-        Returns:
-            `dict` with `eval_loss`, `eval_samples` and `eval_runtime` (seconds), the same on every rank.
-        """
-        self.setup()
-        was_training, began_s = self.model.training, time.perf_counter()
-        self.model.eval()
-        loss, weight, samples = 0.0, 0, 0
-        for batch in dealt.for_evaluation(dataloader, self.place, self.plugin.balance_tokens):
-            by_tokens = self.aggregation.method is AggregationMethod.TOKEN_MEAN
-            share = self._count_items(batch.inputs) if by_tokens else len(batch.samples)
-            samples += len(batch.samples)
-            if share:
-                inputs = send_to_device(batch.inputs, self.accelerator.device)
-                loss, weight = loss + float(self._loss_fn(self.model, inputs)) * share, weight + share
-        self.model.train(was_training)
-        losses, weights, counts = zip(*channel().gather("evaluation", [loss, weight, samples]), strict=True)
-        return {
-            "eval_loss": sum(losses) / max(1, sum(weights)),
-            "eval_samples": sum(counts),
-            "eval_runtime": time.perf_counter() - began_s,
-        }
 
     # ---- Checkpoints ----
 
