@@ -45,22 +45,28 @@ def describe(trainer) -> dict[str, Any]:
     Secrets stay out: transformers masks its tokens in `to_dict`, those inside of dictionaries are masked here, and nothing
     is read from the environment.
     """
-    described = {f"version of {name}": version(name) for name in _LIBRARIES}
-    described["version of accelerate_unsloth"] = __version__
+    described = describe_setup(trainer.model, trainer.plugin)
     described |= {
         f"argument {name}": repr(_masked(value))
         for name, value in trainer.args.to_dict().items()
         if name not in _LOCAL_ARGUMENTS and isinstance(value, _PLAIN)
     }
-    described |= {f"plugin option {name}": value for name, value in asdict(trainer.plugin).items()}
     described["model configuration"] = _digest(trainer.model.config.to_dict())
-    trainable = [(n, tuple(p.shape), str(p.dtype)) for n, p in trainer.model.named_parameters() if p.requires_grad]
-    described["number of trainable tensors"] = len(trainable)
-    described["names, shapes and types of trainable tensors"] = _digest(trainable)
     described |= _describe_data("training", trainer.train_dataset)
     evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     for name, rows in evaluated.items():
         described |= _describe_data(f"evaluation {name}".strip(), rows)
+    return described
+
+
+def describe_setup(model, plugin) -> dict[str, Any]:
+    """What every kind of trainer has: versions, options, and what of the model is trained."""
+    described = {f"version of {name}": version(name) for name in _LIBRARIES}
+    described["version of accelerate_unsloth"] = __version__
+    described |= {f"plugin option {name}": value for name, value in asdict(plugin).items()}
+    trainable = [(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]
+    described["number of trainable tensors"] = len(trainable)
+    described["names, shapes and types of trainable tensors"] = _digest(trainable)
     return described
 
 
@@ -125,9 +131,21 @@ def check(trainer) -> None:
     Raises:
         ValueError: naming each entry that differs, with its ranks and values.
     """
-    if topology().world_size == 1:
-        return
-    lines = differences(channel().gather("settings", describe(trainer)))
+    if topology().world_size > 1:
+        compare(describe(trainer))
+
+
+def compare(description: dict[str, Any]) -> None:
+    """
+    Compare what each rank says of itself.
+
+    Args:
+        description (`dict`): JSON-serialisable, with the same entries on all ranks.
+
+    Raises:
+        ValueError: naming each entry that differs, with its ranks and values.
+    """
+    lines = differences(channel().gather("settings", description))
     if lines:
         raise ValueError(
             "The ranks of this launch were set up differently:\n  " + "\n  ".join(lines) + "\nTraining needs the same "

@@ -32,8 +32,8 @@ class UnslothPlugin:
             `"after_backward"` reduces all gradients once per optimizer step, in one flat all-reduce; `"overlapped"`
             lets `DistributedDataParallel` reduce them in buckets during the last backward.
         attention (`str`, *optional*, defaults to `"auto"`):
-            Attention kernel of rows of uneven length that run through PyTorch's SDPA: `"flash"`, `"cudnn"` or
-            `"efficient"` while training; `"unchanged"` leaves PyTorch its choice.
+            Attention kernel of rows of uneven length that run through PyTorch: `"varlen"` (one call for all rows),
+            `"flash"`, `"cudnn"` or `"efficient"` while training; `"unchanged"` leaves PyTorch its choice.
         gradient_checkpointing (`str`, *optional*, defaults to `"auto"`):
             `"none"` keeps activations, `"unsloth"` recomputes and offloads them. `"auto"` obeys a script that passes
             `use_gradient_checkpointing` to `get_peft_model`, and else goes by the memory.
@@ -68,7 +68,11 @@ class UnslothPlugin:
             Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends.
             `0` switches it off; under a debugger it is off.
         monitor (`bool`, *optional*, defaults to `True`):
-            Log tokens per second, token imbalance, the slowest rank and memory with each loss.
+            Log tokens per second, token imbalance, the slowest rank and memory with each loss, and warn once of memory
+            that is about to run out.
+        report (`bool`, *optional*, defaults to `True`):
+            Write `training_report.html` into the output folder when training ends: losses, speed, what each rank did,
+            decisions, versions and the command, in one file. Secrets in it are hidden.
         log_on_each_rank (`bool`, *optional*, defaults to `False`):
             Keep banners, progress bars and warnings on every rank, to look into a rank that differs.
 
@@ -86,7 +90,7 @@ class UnslothPlugin:
 
     engine: Literal["auto", "unsloth", "reference"] = _option("auto")
     gradient_sync: Literal["auto", "after_backward", "overlapped"] = _option("auto")
-    attention: Literal["auto", "flash", "cudnn", "efficient", "unchanged"] = _option("auto")
+    attention: Literal["auto", "varlen", "flash", "cudnn", "efficient", "unchanged"] = _option("auto")
     gradient_checkpointing: Literal["auto", "none", "unsloth"] = _option("auto")
     balance_tokens: bool = _option(True)
     micro_batch: Literal["auto", "fixed"] = _option("auto")
@@ -102,6 +106,7 @@ class UnslothPlugin:
     on_oversized: Literal["stop", "skip"] = _option("stop")
     watchdog_timeout_s: int = _option(3600, minimum=0)
     monitor: bool = _option(True)
+    report: bool = _option(True)
     log_on_each_rank: bool = _option(False)
 
     def __post_init__(self):

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 STEPS = 5
-KERNELS = ("cudnn", "flash", "efficient")
+KERNELS = ("cudnn", "flash", "varlen")
 
 
 class Meter(TrainerCallback):
@@ -80,7 +80,9 @@ def measure(model, tokenizer, kind: str, tokens: int, checkpointing: str, kernel
         bf16=True,
         train_sampling_strategy="sequential",
     )
-    plugin = UnslothPlugin(micro_batch="fixed", gradient_checkpointing=checkpointing, attention=kernel)
+    plugin = UnslothPlugin(
+        micro_batch="fixed", gradient_checkpointing=checkpointing, attention=kernel, report=False, monitor=False
+    )
     meter = Meter()
     case = {"lengths": kind, "tokens": tokens, "checkpointing": checkpointing, "kernel": kernel}
     try:
@@ -111,7 +113,7 @@ def measure(model, tokenizer, kind: str, tokens: int, checkpointing: str, kernel
 
 def cases(which: str, sizes: list[int]) -> list[tuple]:
     if which == "memory":
-        return [("lognormal", tokens, mode, "flash") for mode in ("none", "unsloth") for tokens in sizes]
+        return [("lognormal", tokens, mode, "auto") for mode in ("none", "unsloth") for tokens in sizes]
     return [
         (kind, tokens, "unsloth", kernel)
         for kind, tokens in (

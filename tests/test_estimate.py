@@ -64,3 +64,10 @@ def test_a_folder_without_a_config_is_named(tmp_path):
     finished = run(tmp_path / "nothing")
     assert finished.returncode == 2
     assert "could not be read" in finished.stderr
+
+
+def test_the_command_takes_a_size_and_needs_no_model_for_it():
+    finished = run("8b", "--json", "--gpu-gib", 24)
+    assert finished.returncode == 0, finished.stderr
+    shape = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
+    assert json.loads(finished.stdout)[0]["largest_micro_batch_tokens"] == estimate(shape).largest_micro_batch(24)

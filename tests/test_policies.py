@@ -49,7 +49,26 @@ def test_cudnn_is_kept_away_from_many_lengths(requested, segments, cudnn, length
 
 
 @pytest.mark.parametrize(
-    ("backend", "expected"), [("flash", (False, True, True)), ("efficient", (False, False, True))]
+    ("segments", "cudnn", "lengths", "backend"),
+    [
+        (True, True, 1500, "varlen"),
+        (True, False, 1500, "varlen"),  # before Hopper flash runs the rows, but still one by one
+        (True, True, 1, "unchanged"),
+        (False, True, 1500, "unchanged"),
+    ],
+)
+def test_one_call_for_all_rows_is_best_where_it_can_be_had(segments, cudnn, lengths, backend):
+    assert attention.resolve("auto", segments, "xformers", cudnn, lengths, has_varlen=True).backend == backend
+
+
+def test_a_kernel_that_is_not_there_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="xformers runs them"):
+        attention.resolve("varlen", False, "xformers runs them", True, 1500)
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [("varlen", (False, True, True)), ("flash", (False, True, True)), ("efficient", (False, False, True))],
 )
 def test_the_kernel_is_that_of_the_training_and_the_old_one_comes_back(backend, expected):
     import torch

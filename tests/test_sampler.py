@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelerate_unsloth.data.balance import RowCost
+from accelerate_unsloth.data.loader import count_tokens
 from accelerate_unsloth.data.sampler import EffectiveBatchSampler, EvaluationSampler, deal, epoch_order
 
 LAUNCH = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))  # processes, accumulation, micro-batch
@@ -27,6 +28,18 @@ LAUNCH = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))  # p
 )
 def test_a_batch_is_dealt_level_and_in_order(samples, world_size, accumulation, micro_batch, expected):
     assert deal(list(range(samples)), world_size, accumulation, micro_batch) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens"),
+    [
+        ({"input_ids": torch.ones(2, 3)}, 6),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}, 4),
+        ({"input_ids": torch.ones(1, 8), "packed_seq_lengths": torch.tensor([2, 3])}, 5),  # padded to a multiple of 8
+    ],
+)
+def test_padding_does_not_count_as_tokens(batch, tokens):
+    assert count_tokens(batch) == tokens
 
 
 def samplers(num_samples, launch, **options):

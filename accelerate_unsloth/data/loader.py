@@ -96,7 +96,9 @@ def count_items(batch: dict[str, Any], shifted: bool = True) -> int:
 
 
 def count_tokens(batch: dict[str, Any]) -> int:
-    """Tokens of a collated micro-batch, padding left out where a mask tells it."""
+    """Tokens of a collated micro-batch, padding left out where a mask or the lengths of its rows tell it."""
+    if "packed_seq_lengths" in batch:
+        return int(batch["packed_seq_lengths"].sum())
     if batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:
         return int(batch["attention_mask"].sum())
     return batch["input_ids"].numel() if "input_ids" in batch else 0

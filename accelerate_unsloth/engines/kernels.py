@@ -1,8 +1,14 @@
 """What the engine's kernels do with rows and activations, read off Unsloth (2026.10.6) where it is loaded."""
 
+import inspect
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+from ..ledger import Ledger
 
 _DISPATCH = "unsloth.utils.attention_dispatch"
 
@@ -24,6 +30,48 @@ def sdpa_runs_segments(engine: str) -> tuple[bool, str]:
     if getattr(dispatch, "_TORCH_VARLEN_ATTN", None) is not None:
         return False, "Unsloth runs rows of uneven length through PyTorch's varlen attention"
     return True, ""
+
+
+def spare_varlen() -> Callable | None:
+    """
+    PyTorch's varlen attention where Unsloth could use it and does not; `None` elsewhere.
+
+    Unsloth's varlen path wants the keyword `enable_gqa`, which came with PyTorch 2.12 (unsloth 2026.10.6,
+    `attention_dispatch._load_torch_varlen_attn`). The kernel of 2.11 does grouped queries without being told. To be deleted
+    when Unsloth takes 2.11's, or no longer supports it.
+    """
+    dispatch = sys.modules.get(_DISPATCH)
+    refused = os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() in ("0", "false", "no", "off")
+    if (
+        refused
+        or not hasattr(dispatch, "_TORCH_VARLEN_ATTN")
+        or not torch.backends.cuda.is_flash_attention_available()
+    ):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    keywords = inspect.signature(varlen_attn).parameters
+    if "window_size" not in keywords or "enable_gqa" in keywords:
+        return None
+
+    def varlen_of_2_11(*rows, enable_gqa: bool = False, **options):
+        return varlen_attn(*rows, **options)
+
+    return varlen_of_2_11
+
+
+@contextmanager
+def varlen_installed() -> Iterator[None]:
+    """Let Unsloth run rows of uneven length through [`spare_varlen`], where there is one."""
+    patches, varlen = Ledger(), spare_varlen()
+    if varlen is not None:
+        patches.patch(sys.modules[_DISPATCH], "_TORCH_VARLEN_ATTN", varlen)
+    try:
+        yield
+    finally:
+        patches.undo()
 
 
 def prefers_cudnn() -> bool:

@@ -3,12 +3,15 @@ Which attention kernel rows of uneven length run through.
 
 Without flash-attn or xformers Unsloth runs rows without padding segment by segment through PyTorch's SDPA, which on
 Hopper and later prefers cuDNN. cuDNN builds a plan for every length it has not seen: 84 ms forward and 63 ms backward on
-an H200. Flash attention builds none, and is 1 to 5% slower once cuDNN has its plans (`benchmarks/RESULTS.md`).
+an H200. Flash attention builds none, and is 1 to 5% slower once cuDNN has its plans (`benchmarks/RESULTS.md`). Best is one
+call for all rows: Unsloth's varlen path from PyTorch 2.12 on, and the same path lent to 2.11 (`engines/kernels.py`).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+
+from ..engines import kernels
 
 # A plan costs what 5% of about three seconds of training are worth: with few lengths it soon pays for itself.
 CUDNN_MAX_LENGTHS = 32
@@ -18,12 +21,17 @@ _KERNELS = ("cudnn", "flash", "efficient")
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    backend: str  # "cudnn" | "flash" | "efficient" | "unchanged"
+    backend: str  # "varlen" | "cudnn" | "flash" | "efficient" | "unchanged"
     reason: str  # one clause, shown in the start-up table
 
 
 def resolve(
-    requested: str, sdpa_runs_segments: bool, other: str, prefers_cudnn: bool, lengths: int
+    requested: str,
+    sdpa_runs_segments: bool,
+    other: str,
+    prefers_cudnn: bool,
+    lengths: int,
+    has_varlen: bool = False,
 ) -> AttentionChoice:
     """
     Choose the kernel.
@@ -34,6 +42,11 @@ def resolve(
         other (`str`): What runs them otherwise, for the reason.
         prefers_cudnn (`bool`): Whether PyTorch would take cuDNN on this GPU.
         lengths (`int`): Number of different lengths in the data; 0 if not known.
+        has_varlen (`bool`, *optional*, defaults to `False`):
+            Whether one call of PyTorch's could run all rows, and would not without us.
+
+    Raises:
+        ValueError: if `"varlen"` is asked for where there is none.
 
     Example:
 
@@ -43,14 +56,22 @@ def resolve(
     'flash'
     ```
     """
+    if requested == "varlen" and not has_varlen:
+        raise ValueError(
+            f"attention='varlen' cannot be had here ({other or 'it takes PyTorch 2.11 or later on a GPU'}). Leave it at 'auto'."
+        )
     if requested != "auto":
         return AttentionChoice(requested, "asked for")
     if not sdpa_runs_segments:
         return AttentionChoice("unchanged", other)
+    if prefers_cudnn and 0 < lengths <= CUDNN_MAX_LENGTHS:
+        return AttentionChoice("unchanged", f"{lengths} different lengths, for which cuDNN's plans pay")
+    if has_varlen:
+        return AttentionChoice(
+            "varlen", "all rows of a micro-batch in one call of PyTorch's, instead of one call each"
+        )
     if not prefers_cudnn:
         return AttentionChoice("unchanged", "PyTorch does not prefer cuDNN on this device")
-    if 0 < lengths <= CUDNN_MAX_LENGTHS:
-        return AttentionChoice("unchanged", f"{lengths} different lengths, for which cuDNN's plans pay")
     many = f"{lengths} different lengths" if lengths else "lengths that are not known"
     return AttentionChoice("flash", f"cuDNN would build a plan for each of {many}")
 
@@ -68,12 +89,14 @@ def applied(choice: AttentionChoice) -> Iterator[None]:
     }
     before = {name: is_on() for name, (is_on, _) in switches.items()}
     # Preferred in the order of PyTorch's own list behind it, which the math kernel ends: shapes it cannot do still run.
-    allowed = {"cudnn": _KERNELS, "flash": _KERNELS[1:], "efficient": _KERNELS[2:]}.get(choice.backend)
+    flash = _KERNELS[1:]  # varlen is flash attention too
+    allowed = {"cudnn": _KERNELS, "flash": flash, "varlen": flash, "efficient": _KERNELS[2:]}.get(choice.backend)
     try:
         if allowed:
             for name, (_, enable) in switches.items():
                 enable(name in allowed)
-        yield
+        with kernels.varlen_installed() if choice.backend == "varlen" else nullcontext():
+            yield
     finally:
         for name, (_, enable) in switches.items():
             enable(before[name])

@@ -27,6 +27,10 @@ from ..policies import attention, checkpointing, micro_batch
 
 _PROBED_STEPS = 1000
 
+# Tensor cores read 16 bytes at a time. A row without padding whose tokens are no multiple of 8 sends every product that
+# sums over tokens to a slow kernel (6% of a step on an H200, `benchmarks/profile_step.py`).
+_ALIGNED_TOKENS = 8
+
 
 class PlanningMixin:
     """Dealing samples, and the policies behind it, for [`DistributedTrainerMixin`]."""
@@ -35,6 +39,9 @@ class PlanningMixin:
         self.attention = self.checkpointing = self.micro_batch = None
         self._train_lengths = None
         super().__init__(*args, **kwargs)
+        padding_free = getattr(self.data_collator, "padding_free", False)
+        if padding_free and choice.name == "unsloth" and getattr(self.data_collator, "pad_to_multiple_of", 0) is None:
+            self.data_collator.pad_to_multiple_of = _ALIGNED_TOKENS  # its lengths, and so its loss, are as before
 
     # ---- Data ----
 
@@ -109,7 +116,12 @@ class PlanningMixin:
         runs_segments, other = kernels.sdpa_runs_segments(choice.name)
         lengths = 0 if self._train_lengths is None else len(np.unique(self._train_lengths))
         self.attention = attention.resolve(
-            self.plugin.attention, runs_segments, other, kernels.prefers_cudnn(), lengths
+            self.plugin.attention,
+            runs_segments,
+            other,
+            kernels.prefers_cudnn(),
+            lengths,
+            runs_segments and kernels.spare_varlen() is not None,
         )
         self._undo_after_training.enter_context(attention.applied(self.attention))
 
