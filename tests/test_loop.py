@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 from accelerate_unsloth import AggregationMethod, MultiGPUTrainer, UnslothPlugin
 from accelerate_unsloth.data import dealt
 from accelerate_unsloth.data.dealt import Place
+from accelerate_unsloth.policies import aggregation
 
 from .launching import WORKERS, launch
 
@@ -238,6 +239,9 @@ def test_a_checkpoint_is_replaced_and_leaves_nothing_beside_it(tmp_path):
     again = MultiGPUTrainer(model(), loss_fn=loss_fn)
     again.load_checkpoint(tmp_path / "checkpoint")
     assert (again.epoch, again.global_step) == (2, 8)
+    assert all(torch.equal(a, b) for a, b in zip(again.trainable, trainer.trainable, strict=True))
+    moments = [t.optimizer.state_dict()["state"][0]["exp_avg"] for t in (again, trainer)]
+    assert torch.equal(*moments)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -264,6 +268,32 @@ def test_results_that_are_not_one_a_sample_are_refused():
 def test_a_batch_without_a_loss_is_refused_with_words():
     with pytest.raises(ValueError, match="Pass loss_fn="):
         MultiGPUTrainer(model()).train_epoch(DataLoader(torch.ones(2, 2)))
+
+
+# ---- Aggregation ----
+
+
+@pytest.mark.parametrize(
+    ("method", "items", "weights", "of_the_rank"),
+    [
+        ("token_mean", [30, 10, 0], [0.75, 0.25, 0.0], 40),
+        ("mean", [30, 10, 0], [0.5, 0.5, 0.0], 1),
+        ("sum", [30, 10, 0], [1.0, 1.0, 0.0], 1),
+        ("token_mean", [], [], 0),
+        ("mean", [0], [0.0], 0),
+        ("sum", [], [], 0),
+    ],
+)
+def test_micro_batches_and_ranks_weigh_what_the_method_says(method, items, weights, of_the_rank):
+    assert aggregation.weights(AggregationMethod(method), items) == weights
+    assert aggregation.rank_weight(AggregationMethod(method), items) == of_the_rank
+
+
+@pytest.mark.parametrize(("counts", "method"), [(True, "token_mean"), (False, "mean")])
+def test_tokens_weigh_where_they_can_be_counted(counts, method):
+    choice = aggregation.resolve(None, counts)
+    assert choice.method == method
+    assert choice.reason
 
 
 # ---- Dealing a user's own loader ----

@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any
 
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -53,7 +52,7 @@ def order_of(loader: DataLoader) -> str | None:
     """
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         return None
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+    if loader.batch_size is None:  # the batches of a batch sampler of one's own, or no batches at all
         return None
     sampler = loader.sampler
     if type(sampler) is SequentialSampler:
