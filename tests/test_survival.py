@@ -121,13 +121,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model, uneven_data
     finished = start(tmp_path, tiny_model, uneven_data, provoke=provoke, plugin={"report": True})
     assert finished.status != 0
     assert "Stopped by a signal after step 4" in finished.output
-<<<<<<< HEAD
     assert "Stopped by a signal at step 4 of 12" in (tmp_path / "run" / "training_report.html").read_text()
     assert re.search(rf"exitcode\s*: {128 + signal.SIGINT}\b", finished.output)  # what schedulers understand
-=======
-    assert re.search(rf"exitcode\s*: {128 + signal.SIGINT}\b", finished.output)  # what schedulers understand
-    assert "Stopped by a signal at step 4 of 12" in (tmp_path / "run" / "training_report.html").read_text()
->>>>>>> survival-leftovers
     assert checkpoints.newest_complete(tmp_path / "run")[0].name == "checkpoint-4"
 
 
