@@ -15,6 +15,8 @@ _PUBLIC = {
     "SFTConfig": "trainers.sft",
     "SFTTrainer": "trainers.sft",
     "DistributedTrainerMixin": "trainers.mixin",
+    "MultiGPUTrainer": "trainers.loop",
+    "AggregationMethod": "policies.aggregation",
     "UnslothPlugin": "plugin",
     "enable_multi_gpu": "patch",
     "disable_multi_gpu": "patch",
@@ -22,6 +24,7 @@ _PUBLIC = {
     "get_multi_gpu_status": "patch",
     "get_active_config": "patch",
     "DeviceManager": "devices",
+    "ConfigManager": "config_manager",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -10,13 +10,22 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from ._version import __version__
 from .channel import channel
+from .data.lengths import lengths_of
 from .topology import topology
 
-_LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth")
+_LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")
 
 # The text of other objects may hold an address in memory.
 _PLAIN = (str, int, float, bool, list, dict, type(None))
+
+# What an entry of a dictionary may be called whose value nobody else should read.
+_SECRET = ("token", "key", "secret", "password")
+
+# Of a data set, the lengths of all samples and the tokens of so many, spread evenly, are compared.
+_SAMPLES_COMPARED = 64
+_COLUMNS_COMPARED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 # Arguments that differ between ranks by right.
 _LOCAL_ARGUMENTS = {
@@ -33,24 +42,60 @@ def describe(trainer) -> dict[str, Any]:
     """
     Everything of a trainer that has to be the same on all ranks, flat and JSON-serialisable.
 
-    Secrets stay out: transformers masks its tokens in `to_dict`, and nothing is read from the environment.
+    Secrets stay out: transformers masks its tokens in `to_dict`, those inside of dictionaries are masked here, and nothing
+    is read from the environment.
     """
-    described = {f"version of {name}": version(name) for name in _LIBRARIES}
+    described = describe_setup(trainer.model, trainer.plugin)
     described |= {
-        f"argument {name}": repr(value)
+        f"argument {name}": repr(_masked(value))
         for name, value in trainer.args.to_dict().items()
         if name not in _LOCAL_ARGUMENTS and isinstance(value, _PLAIN)
     }
-    described |= {f"plugin option {name}": value for name, value in asdict(trainer.plugin).items()}
     described["model configuration"] = _digest(trainer.model.config.to_dict())
-    trainable = [(n, tuple(p.shape), str(p.dtype)) for n, p in trainer.model.named_parameters() if p.requires_grad]
+    described |= _describe_data("training", trainer.train_dataset)
+    evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    for name, rows in evaluated.items():
+        described |= _describe_data(f"evaluation {name}".strip(), rows)
+    return described
+
+
+def describe_setup(model, plugin) -> dict[str, Any]:
+    """What every kind of trainer has: versions, options, and what of the model is trained."""
+    described = {f"version of {name}": version(name) for name in _LIBRARIES}
+    described["version of accelerate_unsloth"] = __version__
+    described |= {f"plugin option {name}": value for name, value in asdict(plugin).items()}
+    trainable = [(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]
     described["number of trainable tensors"] = len(trainable)
     described["names, shapes and types of trainable tensors"] = _digest(trainable)
-    if hasattr(trainer.train_dataset, "__len__"):
-        described["samples of the training data set"] = len(trainer.train_dataset)
-        ends = [trainer.train_dataset[0], trainer.train_dataset[-1]]
-        described["tokens of the first and last sample"] = _digest([row.get("input_ids") for row in ends])
     return described
+
+
+def _describe_data(split: str, rows) -> dict[str, Any]:
+    """
+    Of a data set with a length. Its own fingerprint will not do: it also changes with the address of a function in
+    memory, and machines that share no disk may have different ones for the same rows.
+    """
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        return {}
+    lengths, last = lengths_of(rows), len(rows) - 1
+    compared = {place * last // (_SAMPLES_COMPARED - 1) for place in range(_SAMPLES_COMPARED)} if len(rows) else ()
+    samples = [rows[index] for index in sorted(compared)]
+    contents = [[row.get(name) for name in _COLUMNS_COMPARED] for row in samples if hasattr(row, "get")]
+    return {
+        f"samples of the {split} data set": len(rows),
+        f"lengths of the {split} data set": None if lengths is None else _digest(lengths.tobytes()),
+        f"tokens of the {split} data set": _digest(contents),
+    }
+
+
+def _masked(value: Any) -> Any:
+    """A copy of `value` without what its name calls a secret, however deep."""
+    if isinstance(value, dict):
+        return {
+            name: "<masked>" if str(name).lower().endswith(_SECRET) and isinstance(inner, str) else _masked(inner)
+            for name, inner in value.items()
+        }
+    return [_masked(inner) for inner in value] if isinstance(value, list) else value
 
 
 def differences(descriptions: list[dict[str, Any]]) -> list[str]:
@@ -86,9 +131,21 @@ def check(trainer) -> None:
     Raises:
         ValueError: naming each entry that differs, with its ranks and values.
     """
-    if topology().world_size == 1:
-        return
-    lines = differences(channel().gather("settings", describe(trainer)))
+    if topology().world_size > 1:
+        compare(describe(trainer))
+
+
+def compare(description: dict[str, Any]) -> None:
+    """
+    Compare what each rank says of itself.
+
+    Args:
+        description (`dict`): JSON-serialisable, with the same entries on all ranks.
+
+    Raises:
+        ValueError: naming each entry that differs, with its ranks and values.
+    """
+    lines = differences(channel().gather("settings", description))
     if lines:
         raise ValueError(
             "The ranks of this launch were set up differently:\n  " + "\n  ".join(lines) + "\nTraining needs the same "

@@ -48,7 +48,7 @@ def publish(written: Path, place: Path) -> None:
         replaced = written.with_name(f"{place.name}.replaced")
         place.rename(replaced)
         written.rename(place)
-        shutil.rmtree(replaced)
+        _delete(replaced)
     else:
         written.rename(place)
     _flush(place.parent)
@@ -102,7 +102,7 @@ def rotate(run_folder: Path, limit: int | None, keep: set[Path]) -> None:
         keep (`set[Path]`): Checkpoints that stay: the one just published, which is complete, and the best.
     """
     for left in run_folder.glob(".deleted-checkpoint-*"):  # of a process that died while it deleted
-        shutil.rmtree(left)
+        _delete(left)
     if not limit or limit <= 0:
         return
     kept = {path.resolve() for path in keep}
@@ -112,7 +112,15 @@ def rotate(run_folder: Path, limit: int | None, keep: set[Path]) -> None:
         # Out of sight first: a process that dies while deleting leaves no half of a checkpoint.
         doomed = run_folder / f".deleted-{checkpoint.name}"
         checkpoint.rename(doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
+
+
+def _delete(checkpoint: Path) -> None:
+    """The link alone where it is one: what it points to lies outside of this folder, and is not ours."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint)
 
 
 def _published_at(checkpoint: Path) -> tuple[float, int]:

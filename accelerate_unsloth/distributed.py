@@ -1,11 +1,27 @@
 """What a rank sets up before CUDA and the process group start."""
 
 import atexit
+import ctypes
 import os
+import signal
 import socket
+import sys
 
 from .channel import channel
 from .topology import attempt, topology
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_launcher() -> None:
+    """
+    Let the kernel send SIGTERM to this process when its launcher dies, however that happens.
+
+    torchelastic starts each process in a session of its own (torch 2.14.1, `SubprocessHandler._popen`), so that a launcher
+    that is killed leaves them behind: they go on training, and hold their GPUs when the launcher is started again.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def renew_rendezvous() -> None:

@@ -17,9 +17,11 @@ class Estimate:
         gradients_gib (`float`): Their gradients.
         optimizer_gib (`float`): The optimizer's state.
         reduction_gib (`float`): The flat buffer of the step's all-reduce; 0 on one GPU.
-        workspace_gib (`float`): A dequantized weight and a chunk of logits.
+        workspace_gib (`float`): A dequantized weight.
         context_gib (`float`): The CUDA context and Triton's kernels, outside of PyTorch's count.
-        token_kib (`float`): Activations of a token of the micro-batch.
+        token_kib (`float`): Activations of a token in the layers of a model; a loss in chunks comes on top.
+        shape ([`ModelShape`]): Sizes of the model.
+        checkpointing (`bool`): Whether activations are recomputed.
     """
 
     weights_gib: float
@@ -30,6 +32,8 @@ class Estimate:
     workspace_gib: float
     context_gib: float
     token_kib: float
+    shape: ModelShape
+    checkpointing: bool
 
     @property
     def resting_gib(self) -> float:
@@ -39,11 +43,15 @@ class Estimate:
 
     def peak_gib(self, tokens: int) -> float:
         """With a micro-batch of so many tokens."""
-        return self.resting_gib + tokens * self.token_kib / 2**20
+        return self.resting_gib + self.shape.activation_bytes(tokens, self.checkpointing) / GIB
+
+    def most_gib(self, tokens: int) -> float:
+        """With the micro-batch of up to so many tokens that takes the most."""
+        return self.resting_gib + self.shape.activation_bytes_at_most(tokens, self.checkpointing) / GIB
 
     def largest_micro_batch(self, gpu_gib: float, fraction: float = 0.9) -> int:
         """Tokens of the largest micro-batch in that part of a GPU; 0 if nothing fits."""
-        return max(0, int((gpu_gib * fraction - self.resting_gib) * 2**20 / self.token_kib))
+        return self.shape.tokens_within((gpu_gib * fraction - self.resting_gib) * GIB, self.checkpointing)
 
 
 def estimate(
@@ -88,5 +96,7 @@ def estimate(
         reduction_gib=4 * adapters / GIB if num_gpus > 1 else 0.0,
         workspace_gib=shape.workspace_bytes / GIB,
         context_gib=memory.CONTEXT_GIB,
-        token_kib=shape.activation_bytes(checkpointing) / 1024,
+        token_kib=(shape.working_bytes + (0 if checkpointing else shape.kept_bytes)) / 1024,
+        shape=shape,
+        checkpointing=checkpointing,
     )

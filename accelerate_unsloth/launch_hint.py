@@ -1,4 +1,4 @@
-"""The command that runs this script on all GPUs, for someone who started it without a launcher."""
+"""Whether this launch is the one that a script asks for, and else the command that makes it so."""
 
 import os
 import shlex
@@ -21,10 +21,10 @@ def command(num_processes: int, config: str = "unsloth_ddp") -> str:
     ```
     """
     words = ["accelerate", "launch", "--num_processes", str(num_processes), "--config_file", str(configs.path(config))]
-    return shlex.join([*words, *_script()])
+    return shlex.join([*words, *script()])
 
 
-def _script() -> list[str]:
+def script() -> list[str]:
     """The running script, or `-m` and the running module, with its arguments."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return sys.argv if spec is None else ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
@@ -44,3 +44,56 @@ def show(visible_gpus: int) -> None:
     """Say in one line how to use all GPUs, if this process uses one of several and no launcher started it."""
     if visible_gpus > 1 and topology().world_size == 1 and "RANK" not in os.environ:
         print(f"accelerate_unsloth: training on 1 of {visible_gpus} GPUs; to use all: {command(visible_gpus)}")
+
+
+def check_launch(num_gpus: int | None, world_size: int, launched: bool, visible_gpus: int) -> bool:
+    """
+    Compare `num_gpus` with what is there.
+
+    Args:
+        num_gpus (`int`, *optional*): Processes asked for; `None` takes any launch as it is.
+        world_size (`int`): Processes of this launch.
+        launched (`bool`): Whether a launcher started this process as one of several.
+        visible_gpus (`int`): GPUs that this process can see.
+
+    Returns:
+        `bool`: whether this process can go on; if not, it has to be started by a launcher.
+
+    Raises:
+        ValueError: for a launch of another size, or fewer visible GPUs than asked for.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.launch_hint import check_launch
+    >>> check_launch(4, world_size=1, launched=False, visible_gpus=8)
+    False
+    ```
+    """
+    if num_gpus is None:
+        return True
+    if launched and num_gpus != world_size:
+        raise ValueError(
+            f"num_gpus={num_gpus} was asked for, but this launch has {world_size} process(es). Launch with "
+            f"--num_processes {num_gpus}, or leave num_gpus out to take the launch as it is."
+        )
+    if not launched and 0 < visible_gpus < num_gpus:
+        raise ValueError(
+            f"num_gpus={num_gpus} was asked for, but {visible_gpus} GPU(s) are visible. Ask for {visible_gpus}, or "
+            "make more visible with CUDA_VISIBLE_DEVICES."
+        )
+    return launched or num_gpus == 1
+
+
+def require(num_gpus: int | None, visible_gpus: int) -> None:
+    """
+    Go on if this launch has `num_gpus` processes.
+
+    Raises:
+        ValueError: for a launch of another size, or fewer visible GPUs than asked for.
+        SystemExit: with status 2 and the command to type, if no launcher started this process.
+    """
+    launched = topology().world_size > 1 or "RANK" in os.environ
+    if not check_launch(num_gpus, topology().world_size, launched, visible_gpus):
+        print(needed(num_gpus, visible_gpus), file=sys.stderr)
+        raise SystemExit(2)

@@ -6,6 +6,9 @@ The coefficients of the activations were fitted to peaks measured with Unsloth 2
 `read`, which says how much memory this process may use.
 """
 
+import bisect
+import functools
+import math
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -15,7 +18,12 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 # Values that a layer keeps a token, in multiples of the hidden and of the intermediate size.
 _WORKING = (10.3, 3.1)  # while one layer is being recomputed or run backward
-_KEPT = (10.0, 2.0)  # from the forward to the backward, without checkpointing
+_KEPT = (6.4, 2.0)  # from the forward to the backward, without checkpointing
+
+# Unsloth's fused loss cuts its rows into one chunk, or a multiple of 4, so that 16 bytes a logit stay within 4 GiB
+# (unsloth_zoo 2026.10.7, fused_losses/cross_entropy_loss.py); a chunk was seen to hold 4 bytes a logit, and each token some
+# 11.5 a hidden value. With little memory left it takes smaller chunks, which is not counted here.
+_LOSS_SCRATCH_BYTES, _PLANNED_LOGIT_BYTES, _LOGIT_BYTES, _STATE_BYTES = 4 * GIB, 16, 4, 11.5
 
 # A CUDA context, cuBLAS workspaces and Triton's kernels; outside of what PyTorch counts.
 CONTEXT_GIB = 0.8
@@ -135,17 +143,47 @@ class ModelShape:
         """
         return 2 * self.layers * self.heads * self.head_dim / self.linear_values
 
-    def activation_bytes(self, checkpointing: bool, offloaded: bool = True) -> float:
-        """Bytes a token of a micro-batch at the peak of a step, in 16 bits."""
-        working = 2 * (_WORKING[0] * self.hidden + _WORKING[1] * self.intermediate)
-        if checkpointing:
-            return working + (0 if offloaded else 2 * self.layers * self.hidden)
-        return working + 2 * self.layers * (_KEPT[0] * self.hidden + _KEPT[1] * self.intermediate)
+    @property
+    def kept_bytes(self) -> float:
+        """Bytes a token that all layers keep for the backward, without checkpointing and in 16 bits."""
+        return 2 * self.layers * (_KEPT[0] * self.hidden + _KEPT[1] * self.intermediate)
+
+    @property
+    def working_bytes(self) -> float:
+        """Bytes a token while one layer runs backward, with what it recomputes."""
+        return 2 * (_WORKING[0] * self.hidden + _WORKING[1] * self.intermediate)
+
+    def activation_bytes(self, tokens: int, checkpointing: bool) -> float:
+        """
+        What a micro-batch adds at the peak of a step, in bytes: while a layer runs backward, or while the loss does.
+
+        Args:
+            tokens (`int`): Tokens of the micro-batch.
+            checkpointing (`bool`): Whether activations are recomputed, and what is kept is offloaded.
+        """
+        chunks = tokens * self.vocabulary * _PLANNED_LOGIT_BYTES / _LOSS_SCRATCH_BYTES
+        chunks = 1 if chunks <= 1 else 4 * math.ceil(chunks / 4)
+        return self._with_loss(tokens, checkpointing, tokens * self.vocabulary * _LOGIT_BYTES / chunks)
+
+    def activation_bytes_at_most(self, tokens: int, checkpointing: bool) -> float:
+        """As [`ModelShape.activation_bytes`], for the micro-batch of up to so many tokens that takes the most."""
+        most = _LOSS_SCRATCH_BYTES * _LOGIT_BYTES / _PLANNED_LOGIT_BYTES
+        return self._with_loss(tokens, checkpointing, min(most, tokens * self.vocabulary * _LOGIT_BYTES))
+
+    def _with_loss(self, tokens: int, checkpointing: bool, logit_bytes: float) -> float:
+        loss = logit_bytes + tokens * _STATE_BYTES * self.hidden
+        return max(tokens * self.working_bytes, loss) + (0 if checkpointing else tokens * self.kept_bytes)
+
+    def tokens_within(self, left_bytes: float, checkpointing: bool) -> int:
+        """The largest micro-batch that adds no more than `left_bytes`, nor does any smaller one."""
+        most = max(0, int(left_bytes / self.working_bytes))
+        needs = functools.partial(self.activation_bytes_at_most, checkpointing=checkpointing)
+        return max(0, bisect.bisect_right(range(most + 1), left_bytes, key=needs) - 1)
 
     @property
     def workspace_bytes(self) -> int:
-        """A weight taken out of 4 bits, and a chunk of logits with its gradient."""
-        return 2 * self.hidden * max(self.intermediate, self.hidden) + 8 * 256 * self.vocabulary
+        """A weight taken out of 4 bits."""
+        return 2 * self.hidden * max(self.intermediate, self.hidden)
 
 
 def optimizer_bytes(optim: str) -> int:
@@ -219,4 +257,4 @@ def tokens_that_fit(
         `int`: 0 if not even the optimizer fits.
     """
     left = left_bytes - trainable * (gradient_bytes + optim_bytes) - shape.workspace_bytes
-    return max(0, int(left / shape.activation_bytes(checkpointing)))
+    return shape.tokens_within(left, checkpointing)

@@ -6,74 +6,16 @@ where they log.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import psutil
 import torch
 from transformers import TrainerCallback
 
 from .channel import channel
+from .readings import History, RankReading
 
 _GIB = 2**30
-
-
-@dataclass
-class RankReading:
-    """
-    What one rank did since the last logging step.
-
-    Args:
-        tokens (`int`): Tokens of its micro-batches.
-        wall_s (`float`): Seconds of its steps, waiting for others included.
-        own_s (`float`): Seconds of its own forwards and backwards.
-        steps (`int`): Optimizer steps.
-        peak_gib (`float`), reserved_gib (`float`): Of its GPU, as PyTorch counts; 0 without one.
-        host_gib (`float`): Memory of its process.
-    """
-
-    tokens: int = 0
-    wall_s: float = 0.0
-    own_s: float = 0.0
-    steps: int = 0
-    peak_gib: float = 0.0
-    reserved_gib: float = 0.0
-    host_gib: float = 0.0
-
-
-def summary(ranks: list[RankReading]) -> dict[str, float | int]:
-    """
-    The log entries of all ranks together.
-
-    Args:
-        ranks (`list[RankReading]`): Of each rank, in rank order.
-
-    Returns:
-        `dict`: `tokens_per_second` of all ranks, `token_imbalance` (most tokens of a rank over the mean),
-        `slowest_rank` with `slowest_rank_step_s` and `fastest_rank_step_s` (own work a step), `peak_memory_gib` and
-        `reserved_memory_gib` (of the rank with the most), and `host_memory_gib` of all ranks.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.monitor import RankReading, summary
-    >>> summary([RankReading(300, 2.0, 1.8, 2), RankReading(100, 2.0, 0.6, 2)])["token_imbalance"]
-    1.5
-    ```
-    """
-    tokens, wall_s = sum(rank.tokens for rank in ranks), max(rank.wall_s for rank in ranks)
-    step_s = [rank.own_s / max(1, rank.steps) for rank in ranks]
-    logs = {
-        "tokens_per_second": round(tokens / wall_s, 1) if wall_s else 0.0,
-        "token_imbalance": round(max(rank.tokens for rank in ranks) * len(ranks) / max(1, tokens), 4),
-        "slowest_rank": step_s.index(max(step_s)),
-        "slowest_rank_step_s": round(max(step_s), 4),
-        "fastest_rank_step_s": round(min(step_s), 4),
-        "host_memory_gib": round(sum(rank.host_gib for rank in ranks), 2),
-    }
-    if any(rank.peak_gib for rank in ranks):
-        logs["peak_memory_gib"] = round(max(rank.peak_gib for rank in ranks), 2)
-        logs["reserved_memory_gib"] = round(max(rank.reserved_gib for rank in ranks), 2)
-    return logs
 
 
 class Monitor(TrainerCallback):
@@ -82,12 +24,21 @@ class Monitor(TrainerCallback):
 
     Args:
         device (`torch.device`): Where this rank computes.
+
+    `history` holds every rank's readings of this training, on rank 0 alone.
     """
 
     def __init__(self, device: torch.device):
+        self.history = History()
         self._cuda = device.type == "cuda"
+        self._device_name = torch.cuda.get_device_name(device) if self._cuda else "CPU"
         self._since_log = RankReading()
+        self._retries_before = 0
         self._step_began_s = self._own_began = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.history, self._since_log = History(), RankReading()
+        self._retries_before = self._count_retries()  # the probe of the micro-batches may have run full on purpose
 
     def begin_step(self) -> None:
         """Before the batches of a step are fetched."""
@@ -114,14 +65,40 @@ class Monitor(TrainerCallback):
             self._since_log.wall_s += time.perf_counter() - self._step_began_s
             self._since_log.steps += 1
 
-    def read(self) -> dict[str, float | int]:
-        """The log entries since the last call; all ranks come here together."""
+    @property
+    def unlogged_s(self) -> float:
+        """Seconds of this rank's steps since the last logging step."""
+        return self._since_log.wall_s
+
+    def read(self, step: int) -> list[RankReading]:
+        """
+        What every rank did since the last call; all ranks come here together.
+
+        Args:
+            step (`int`): Optimizer steps done.
+        """
         reading, self._since_log = self._since_log, RankReading()
+        self._add_memory(reading)
+        ranks = [RankReading(**rank) for rank in channel().gather("monitor", asdict(reading))]
+        if channel().topology.is_main:
+            self.history.add(step, ranks)
+        return ranks
+
+    def _add_memory(self, reading: RankReading) -> None:
+        host = psutil.virtual_memory()
         reading.host_gib = psutil.Process().memory_info().rss / _GIB
-        if self._cuda:
-            reading.peak_gib = torch.cuda.max_memory_allocated() / _GIB
-            reading.reserved_gib = torch.cuda.max_memory_reserved() / _GIB
-        return summary([RankReading(**rank) for rank in channel().gather("monitor", asdict(reading))])
+        reading.host_available_gib, reading.host_total_gib = host.available / _GIB, host.total / _GIB
+        reading.device = self._device_name
+        if not self._cuda:
+            return
+        reading.peak_gib = torch.cuda.max_memory_allocated() / _GIB
+        reading.reserved_gib = torch.cuda.max_memory_reserved() / _GIB
+        reading.reachable_gib = (torch.cuda.memory_reserved() + torch.cuda.mem_get_info()[0]) / _GIB
+        retries = self._count_retries()
+        reading.alloc_retries, self._retries_before = retries - self._retries_before, retries
+
+    def _count_retries(self) -> int:
+        return torch.cuda.memory_stats().get("num_alloc_retries", 0) if self._cuda else 0
 
     def _now(self) -> "_Moment":
         return _Moment(self._cuda)

@@ -68,7 +68,11 @@ class UnslothPlugin:
             Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends.
             `0` switches it off; under a debugger it is off.
         monitor (`bool`, *optional*, defaults to `True`):
-            Log tokens per second, token imbalance, the slowest rank and memory with each loss.
+            Log tokens per second, token imbalance, the slowest rank and memory with each loss, and warn once of memory
+            that is about to run out.
+        report (`bool`, *optional*, defaults to `True`):
+            Write `training_report.html` into the output folder when training ends: losses, speed, what each rank did,
+            decisions, versions and the command, in one file. Secrets in it are hidden.
         log_on_each_rank (`bool`, *optional*, defaults to `False`):
             Keep banners, progress bars and warnings on every rank, to look into a rank that differs.
 
@@ -102,6 +106,7 @@ class UnslothPlugin:
     on_oversized: Literal["stop", "skip"] = _option("stop")
     watchdog_timeout_s: int = _option(3600, minimum=0)
     monitor: bool = _option(True)
+    report: bool = _option(True)
     log_on_each_rank: bool = _option(False)
 
     def __post_init__(self):

@@ -17,10 +17,51 @@ class StepTotals:
     """What all ranks know after the reduction of a step, the same on each of them."""
 
     loss: torch.Tensor  # mean over all loss items, a scalar
+    items: torch.Tensor  # loss items of all ranks, a scalar
     tokens: torch.Tensor  # tokens of all ranks, a scalar
     stop_votes: int  # ranks that were asked to stop
     ranks_out_of_memory: int  # ranks that had to cut a micro-batch
     nonfinite_ranks: list[int]  # ranks whose loss or gradient was not finite
+
+
+class LocalReducer:
+    """
+    What [`FlatReducer`] is to several ranks, for one: its gradient is the mean already, so nothing is sent.
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`): The trainable parameters.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
+        self._parameters = _trainable(parameters)
+
+    @torch.no_grad()
+    def reduce(
+        self,
+        loss: torch.Tensor,
+        num_items: torch.Tensor,
+        num_tokens: torch.Tensor,
+        wants_stop: bool = False,
+        ran_out_of_memory: bool = False,
+        check_gradients: bool = True,
+    ) -> StepTotals:
+        """As [`FlatReducer.reduce`]."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        finite = torch.isfinite(loss)
+        if check_gradients and gradients:
+            norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
+            finite = finite & torch.isfinite(norms).all()
+        return StepTotals(
+            loss=loss.double(),
+            items=num_items,
+            tokens=num_tokens,
+            stop_votes=int(wants_stop),
+            ranks_out_of_memory=int(ran_out_of_memory),
+            nonfinite_ranks=[] if finite or not num_items else [0],
+        )
+
+    def broadcast_parameters(self) -> None:
+        """Nothing to do."""
 
 
 class FlatReducer:
@@ -40,11 +81,7 @@ class FlatReducer:
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
-        self._parameters = [p for p in parameters if p.requires_grad]
-        if not self._parameters:
-            raise ValueError(
-                "No parameter is trainable. Add adapters with get_peft_model, or set full_finetuning=True."
-            )
+        self._parameters = _trainable(parameters)
         first = self._parameters[0]
         double = any(p.dtype == torch.float64 for p in self._parameters)
         self._sizes = [p.numel() for p in self._parameters]
@@ -118,6 +155,7 @@ class FlatReducer:
         stop_votes, ranks_out_of_memory, *bad_ranks = torch.cat([votes, bad]).tolist()
         return StepTotals(
             loss=totals[0] / weight,
+            items=totals[1].clone(),
             tokens=totals[2].clone(),
             stop_votes=int(stop_votes),
             ranks_out_of_memory=int(ranks_out_of_memory),
@@ -141,3 +179,10 @@ class FlatReducer:
             torch._foreach_copy_(
                 same, [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in same]), same, strict=True)]
             )
+
+
+def _trainable(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        raise ValueError("No parameter is trainable. Add adapters with get_peft_model, or set full_finetuning=True.")
+    return trainable

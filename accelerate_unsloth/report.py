@@ -8,6 +8,11 @@ from rich.table import Table
 _VERSIONS = ("unsloth", "trl", "transformers", "accelerate", "peft", "torch")
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {name: version(name) for name in _VERSIONS}
+
+
 def rows(trainer, engine) -> list[tuple[str, str, str]]:
     """Subject, decision and reason of each line."""
     args, world_size = trainer.args, trainer.accelerator.num_processes
@@ -28,7 +33,7 @@ def rows(trainer, engine) -> list[tuple[str, str, str]]:
         ("checkpointing", trainer.checkpointing.mode, trainer.checkpointing.reason),
         ("attention", trainer.attention.backend, trainer.attention.reason),
         ("trainable", f"{trainable:,}", f"of {every:,} parameters ({100 * trainable / max(every, 1):.2f}%)"),
-        ("versions", "", ", ".join(f"{name} {version(name)}" for name in _VERSIONS)),
+        ("versions", "", ", ".join(f"{name} {number}" for name, number in versions().items())),
     ]
 
 

@@ -1,5 +1,6 @@
 """
-One writer: in a launch of several processes rank 0 writes, the others wait and learn of a failure.
+One writer: in a launch of several processes rank 0 writes, the others wait and learn of a failure. What is written has the
+permissions of the user's umask.
 
 PEFT's and Unsloth's saving methods are called by every rank of a plain script, and would write the same files N times.
 """
@@ -78,8 +79,6 @@ def follow_umask(folder) -> None:
 
 def guard(thing) -> None:
     """Let the writing methods of a model or tokenizer run on rank 0 only. Safe to call again after wrapping it."""
-    if topology().world_size == 1:
-        return
     for name in _WRITERS:
         method = getattr(thing, name, None)
         # A PEFT model forwards unknown names to its base model, whose methods are not its own.
@@ -91,7 +90,14 @@ def guard(thing) -> None:
 def _once(name, function):
     @functools.wraps(function)
     def guarded(self, *args, **kwargs):
-        return write_once(name, lambda: function(self, *args, **kwargs))
+        def write():
+            written = function(self, *args, **kwargs)
+            folder = args[0] if args else kwargs.get("save_directory")
+            if name.startswith("save_") and folder:  # a folder, and not a name on the hub
+                follow_umask(folder)
+            return written
+
+        return write_once(name, write)
 
     guarded._writes_once = True
     return guarded

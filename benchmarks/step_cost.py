@@ -80,7 +80,9 @@ def measure(model, tokenizer, kind: str, tokens: int, checkpointing: str, kernel
         bf16=True,
         train_sampling_strategy="sequential",
     )
-    plugin = UnslothPlugin(micro_batch="fixed", gradient_checkpointing=checkpointing, attention=kernel)
+    plugin = UnslothPlugin(
+        micro_batch="fixed", gradient_checkpointing=checkpointing, attention=kernel, report=False, monitor=False
+    )
     meter = Meter()
     case = {"lengths": kind, "tokens": tokens, "checkpointing": checkpointing, "kernel": kernel}
     try:

@@ -33,21 +33,22 @@ def launch(
     timeout_s: int = 120,
     config: str = "unsloth_ddp_cpu",
     launcher=(),
+    inside=(),
     real_launcher: bool = False,
 ) -> Finished:
     """
-    Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`; fail the test if
-    they have not ended after `timeout_s` seconds.
+    Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`, and `inside` as the
+    command that all of it runs in; fail the test if they have not ended after `timeout_s` seconds.
 
     The processes are forked from a warm one, see `tests/forking`. Everything is started afresh with `real_launcher`,
-    with options for the launcher, and with variables that libraries read when they are imported. A script that imports
-    the real Unsloth needs that too, because Unsloth has to come before the libraries that it patches.
+    with options for the launcher or a command around it, and with variables that libraries read when they are imported.
+    A script that imports the real Unsloth needs that too, because Unsloth comes before the libraries that it patches.
     """
     # Port 0 lets the launcher find a free one, so that tests can run side by side.
     options = [*launcher_command(config, processes, port=0), *launcher] if processes > 1 else []
     words = [str(script), *map(str, arguments)]
-    if real_launcher or launcher or not warm_process().serves(clean_environment(environment)):
-        return finish(start([sys.executable, *options, *words], environment), timeout_s)
+    if real_launcher or launcher or inside or not warm_process().serves(clean_environment(environment)):
+        return finish(start([*inside, sys.executable, *options, *words], environment), timeout_s)
     return launch_forked(words, options[2:], processes, environment, timeout_s)
 
 

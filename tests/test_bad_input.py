@@ -22,9 +22,11 @@ MESSAGES = {
 # An error on one rank while it loads, and while it trains: also with the real launcher.
 REAL = ("wrong path on one rank", "error in a step of one rank")
 
+SECRET = "hf_secretOfTheEnvironment"
+
 
 def run(case, tiny_model, folder, environment=None, **how):
-    environment = {"HF_HOME": str(folder / "cache")} | (environment or {})
+    environment = {"HF_HOME": str(folder / "cache"), "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET} | (environment or {})
     arguments = [case, tiny_model, folder / "out"]
     return launch(WORKERS / "bad_input.py", arguments, environment=environment, timeout_s=60, **how)
 
@@ -36,6 +38,7 @@ def test_a_mistake_gives_one_message_and_ends_all(case, real_launcher, tiny_mode
     finished = run(case, tiny_model, tmp_path, real_launcher=real_launcher)
     assert finished.status != 0
     assert MESSAGES[case] in finished.output
+    assert SECRET not in finished.output
     own = finished.output.split("torch/distributed/elastic")[0]  # before the launcher's own report
     chained = own.count("direct cause of the following") + own.count("another exception occurred")
     assert own.count("Traceback (most recent call last)") == 1 + chained

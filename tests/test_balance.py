@@ -1,12 +1,15 @@
 """Level dealing, as a function of numbers."""
 
+from itertools import combinations_with_replacement, pairwise
+from pathlib import Path
+
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from accelerate_unsloth.data.balance import RowCost, cut, deal_balanced, deal_level
+from accelerate_unsloth.data.balance import RowCost, cut, deal_balanced, deal_level, pack_padded
 from accelerate_unsloth.data.lengths import count_lengths, lengths_of, write_lengths
 
 ROWS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
@@ -23,6 +26,80 @@ COSTS = st.sampled_from([RowCost(), RowCost(attention_per_token=4e-5), RowCost(p
 )
 def test_the_heaviest_goes_to_the_lightest(costs, parts, expected):
     assert deal_level(costs, parts) == expected
+
+
+@pytest.mark.parametrize(
+    ("cost", "lengths", "tokens"),
+    [
+        (RowCost(), [3, 5], 8),
+        (RowCost(padded=True), [3, 5], 10),
+        (RowCost(padded=True), [], 0),
+        (RowCost(), [], 0),
+    ],
+)
+def test_a_micro_batch_holds_its_padding_too(cost, lengths, tokens):
+    assert cost.tokens(lengths) == tokens
+
+
+def test_attention_costs_the_square_of_a_length():
+    assert [RowCost(attention_per_token=0.5).of(length) for length in (0, 1, 4)] == [0, 1.5, 12]
+
+
+PADDED, SQUARE = RowCost(padded=True), RowCost(attention_per_token=1.0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cost", "options", "expected"),
+    [
+        ([5, 5, 5], RowCost(), {"token_budget": 10}, [[10, 12], [11]]),
+        ([5, 5], RowCost(), {"token_budget": 10}, [[10, 11]]),  # just full
+        ([6, 6, 6, 1, 1], RowCost(), {"token_budget": 10}, [[10, 13], [11, 14], [12]]),  # one more than by the sum
+        ([0], RowCost(), {"token_budget": 10}, [[10]]),
+        ([1, 1], RowCost(), {"count": 3}, [[10], [11]]),  # and none empty
+        ([6, 4, 3, 3], RowCost(), {"count": 2}, [[10, 13], [11, 12]]),
+        ([6, 4, 3, 3], SQUARE, {"count": 2}, [[10], [11, 12, 13]]),
+        ([1, 9, 1], PADDED, {"token_budget": 9}, [[11], [10, 12]]),
+        ([1, 9, 1], PADDED, {"count": 1}, [[11, 10, 12]]),
+        ([4, 4], PADDED, {"token_budget": 8}, [[10, 11]]),  # just full
+        ([8, 3, 2, 2], PADDED, {"token_budget": 8}, [[10], [11, 12], [13]]),
+        ([7, 6, 1], PADDED, {"token_budget": 19}, [[11, 12], [10]]),  # one more than by the sum, not two
+    ],
+)
+def test_a_share_is_cut_as_the_budget_or_the_count_asks(lengths, cost, options, expected):
+    assert cut(range(10, 10 + len(lengths)), lengths, cost, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "expected"),
+    [
+        # Micro-batches of 60, 60, 50, 40 and 10 tokens go there and back, from the costliest on.
+        ([60, 50, 40, 30, 20, 10], 60, [[[0], [2], [5]], [[3, 4], [1]]]),
+        ([2, 2, 2, 2], 4, [[[0, 1]], [[2, 3]]]),  # no more of them than the budget asks for
+    ],
+)
+def test_padded_micro_batches_are_few_and_dealt_level(lengths, budget, expected):
+    assert deal_balanced(range(len(lengths)), lengths, 2, PADDED, token_budget=budget) == expected
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))
+@example([1, 1, 1, 1], 2)
+@settings(max_examples=200, deadline=None)
+def test_the_costliest_padded_micro_batch_costs_as_little_as_possible(lengths, parts):
+    groups = pack_padded(lengths, parts)
+    assert len(groups) <= parts
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    ordered = sorted(lengths, reverse=True)
+    # Every way to cut the sorted rows into neighbours.
+    ways = [
+        max(PADDED.tokens(ordered[start:end]) for start, end in pairwise([0, *edges, len(ordered)]))
+        for edges in combinations_with_replacement(range(len(ordered) + 1), parts - 1)
+    ]
+    assert max(PADDED.tokens([lengths[i] for i in group]) for group in groups) == min(ways)
+
+
+def test_rows_without_tokens_are_packed_like_others():
+    assert pack_padded([0, 0, 0], 1) == [[0, 1, 2]]
+    assert len(pack_padded([0, 2, 0, 0], 2)) == 2
 
 
 @given(ROWS, st.integers(1, 6), st.integers(1, 4), COSTS)
@@ -49,9 +126,10 @@ def test_a_share_is_cut_into_few_micro_batches(lengths, budget):
     assert len(batches) <= 2 * -(-sum(lengths) // budget)  # no worse than any first-fit packing
 
 
-def test_a_sample_above_the_budget_is_named():
+@pytest.mark.parametrize("cost", [RowCost(), RowCost(padded=True)])
+def test_a_sample_above_the_budget_is_named(cost):
     with pytest.raises(ValueError, match="Sample 8 has 90 tokens, and a micro-batch may hold 80"):
-        deal_balanced([7, 8], [10, 90], 2, RowCost(), token_budget=80)
+        deal_balanced([7, 8], [10, 90], 2, cost, token_budget=80)
 
 
 def test_ranks_are_level_on_the_lengths_of_the_benchmark():
@@ -73,7 +151,10 @@ def test_lengths_are_those_of_the_rows_also_after_a_selection(tmp_path):
     rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 0, 5)]})
     assert count_lengths(rows).tolist() == [3, 1, 0, 5]
     assert lengths_of(rows.select([3, 0])).tolist() == [5, 3]
+    assert lengths_of(rows.select([])).tolist() == []
     assert lengths_of(rows.remove_columns("input_ids")) is None
+    assert lengths_of([{"input_ids": [1]}]) is None
+    assert lengths_of(rows.to_iterable_dataset()) is None
 
 
 def test_lengths_beside_a_data_set_are_read_from_there(tmp_path):
@@ -82,5 +163,32 @@ def test_lengths_beside_a_data_set_are_read_from_there(tmp_path):
     write_lengths(rows, tmp_path)
     stored = Dataset.load_from_disk(tmp_path)
     assert isinstance(lengths_of(stored), np.memmap)
+    assert lengths_of(stored).dtype == count_lengths(rows).dtype == np.int32
     assert lengths_of(stored).tolist() == [3, 1, 5]
     assert lengths_of(stored.select([2])).tolist() == [5]  # not the file's, which are of all rows
+    assert lengths_of(stored.select([2, 1, 0])).tolist() == [5, 1, 3]
+
+
+def test_rows_without_tokens_have_no_file_of_lengths(tmp_path):
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path)
+    write_lengths(Dataset.load_from_disk(tmp_path), tmp_path)
+    assert list(tmp_path.glob("*.npy")) == []
+
+
+def test_a_file_of_another_number_of_lengths_is_not_used(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 5)]})
+    rows.save_to_disk(tmp_path)
+    write_lengths(rows.select([0, 1]), tmp_path)
+    assert lengths_of(Dataset.load_from_disk(tmp_path)).tolist() == [3, 1, 5]
+
+
+def test_lengths_of_rows_that_were_made_of_stored_ones_are_their_own(tmp_path):
+    """What `map` and `filter` make lies beside the data set that it was made of, and may have as many rows."""
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 5)]})
+    rows.save_to_disk(tmp_path)
+    write_lengths(rows, tmp_path)
+    stored = Dataset.load_from_disk(tmp_path)
+    doubled = stored.map(lambda row: {"input_ids": row["input_ids"] * 2})
+    assert Path(doubled.cache_files[0]["filename"]).parent == tmp_path
+    assert lengths_of(doubled).tolist() == [6, 2, 10]
+    assert lengths_of(stored.filter(lambda row: len(row["input_ids"]) > 1)).tolist() == [3, 5]

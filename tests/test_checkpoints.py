@@ -103,6 +103,15 @@ def test_what_a_dying_process_left_half_deleted_is_cleared(run_folder):
     assert names(run_folder) == ["checkpoint-10", "checkpoint-4"]
 
 
+def test_of_a_checkpoint_that_is_a_link_only_the_link_is_deleted(run_folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "checkpoint-2"
+    (run_folder / "checkpoint-2").rename(elsewhere)
+    (run_folder / "checkpoint-2").symlink_to(elsewhere)
+    checkpoints.rotate(run_folder, 2, {run_folder / "checkpoint-10"})
+    assert names(run_folder) == ["checkpoint-10", "checkpoint-4"]
+    assert checkpoints.damage(elsewhere) is None
+
+
 def test_without_a_limit_nothing_is_deleted(run_folder):
     checkpoints.rotate(run_folder, None, set())
     assert len(names(run_folder)) == 3

@@ -158,6 +158,13 @@ def test_only_rank_0_saves_by_position_and_by_keyword(adapted, tmp_path, monkeyp
     assert written == [["keyword-0", "position-0"]] * 2
 
 
+@pytest.mark.parametrize("name", ["save_pretrained", "save_pretrained_merged"])
+def test_what_a_model_saves_has_the_permissions_of_the_umask_on_one_process_too(name, adapted, tmp_path):
+    getattr(adapted[0], name)(str(tmp_path))
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_save_method_of_unsloth_only_is_refused(adapted, tmp_path):
     with pytest.raises(ValueError, match="save_method='merged_4bit' needs Unsloth"):
         adapted[0].save_pretrained_merged(str(tmp_path), save_method="merged_4bit")

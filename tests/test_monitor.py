@@ -1,10 +1,12 @@
 """What logging steps say about speed and memory."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from accelerate_unsloth.monitor import RankReading, summary
+from accelerate_unsloth.pressure import PressureWatch, find
+from accelerate_unsloth.readings import RankReading, summary
 
 from .launching import WORKERS, launch, result
 
@@ -39,6 +41,134 @@ def test_without_a_gpu_or_a_step_nothing_is_made_up():
     found = summary([RankReading()])
     assert found["tokens_per_second"] == 0.0
     assert "peak_memory_gib" not in found
+
+
+def gpu(peak_gib=10.0, reachable_gib=24.0, retries=0):
+    return RankReading(peak_gib=peak_gib, reachable_gib=reachable_gib, alloc_retries=retries)
+
+
+def host(available_gib, total_gib=64.0):
+    return RankReading(host_available_gib=available_gib, host_total_gib=total_gib)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "found"),
+    [
+        ([gpu(), gpu()], []),
+        ([gpu(), gpu(retries=2)], [("gpu retries", (1,))]),
+        ([gpu(peak_gib=22.79), gpu(peak_gib=22.7)], []),  # 95% of 24 is 22.8
+        ([gpu(peak_gib=22.9), gpu(), gpu(peak_gib=23.5)], [("gpu full", (0, 2))]),
+        # Other processes hold the rest of this GPU; a large cache of our own does not count.
+        ([gpu(peak_gib=11.6, reachable_gib=12.0)], [("gpu full", (0,))]),
+        ([gpu(peak_gib=23.5, retries=1)], [("gpu retries", (0,)), ("gpu full", (0,))]),
+        ([host(3.3), host(3.2)], []),
+        ([host(3.3), host(3.1)], [("host", (1,))]),
+        ([gpu(peak_gib=1.0, reachable_gib=0.0)], []),  # all of it is somebody else's by now
+        ([RankReading()], []),
+    ],
+)
+def test_memory_pressure_is_found_with_its_ranks(ranks, found):
+    assert [(pressure.kind, pressure.ranks) for pressure in find(ranks)] == found
+
+
+@pytest.mark.parametrize(
+    ("reading", "words"),
+    [
+        (gpu(retries=3), ["rank 0 ran full 3 time(s)", "Lower memory_fraction or micro_batch_tokens"]),
+        (gpu(peak_gib=23.5), ["23.50 of 24.00 GiB", "gradient_checkpointing='unsloth'"]),
+        (host(1.25), ["1.25 of 64.00 GiB are left", "lower dataloader_num_workers"]),
+    ],
+)
+def test_a_warning_of_memory_pressure_says_figures_and_remedy(reading, words):
+    (pressure,) = find([reading])
+    assert [word for word in words if word not in pressure.message] == []
+
+
+def test_each_kind_of_memory_pressure_is_told_once():
+    watch = PressureWatch()
+    assert len(watch.news([gpu(retries=1)])) == 1
+    assert watch.news([gpu(retries=5)]) == []
+    assert len(watch.news([gpu(retries=1, peak_gib=23.5)])) == 1
+    assert list(watch.said) == ["gpu retries", "gpu full"]
+
+
+def test_rank_0_alone_warns_of_the_pressure_on_any_rank(monkeypatch):
+    from accelerate_unsloth.trainers import reporting
+
+    warnings = []
+    monkeypatch.setattr(reporting.logger, "warning", warnings.append)
+    for is_main in (False, True):
+        trainer = reporting.ReportMixin.__new__(reporting.ReportMixin)
+        trainer._pressure, trainer.state = PressureWatch(), SimpleNamespace(global_step=5)
+        trainer._monitor = SimpleNamespace(read=lambda step: [gpu(), gpu(peak_gib=23.5)])
+        trainer.is_world_process_zero = lambda is_main=is_main: is_main
+        assert trainer._read_ranks()["peak_memory_gib"] == 23.5
+        assert len(warnings) == int(is_main)
+    assert "rank 1 is nearly full" in warnings[0]
+
+
+def test_a_gpu_is_read_as_the_driver_and_pytorch_tell(monkeypatch):
+    import torch
+
+    from accelerate_unsloth.monitor import Monitor
+
+    gib, retries = 2**30, iter([4, 7, 7, 9])
+    told = {"max_memory_allocated": 10 * gib, "max_memory_reserved": 12 * gib, "memory_reserved": 11 * gib}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * gib, 24 * gib))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": next(retries)})
+    monitor = Monitor(torch.device("cuda"))
+    monitor.on_train_begin(None, None, None)
+    (first,), (second,) = monitor.read(1), monitor.read(2)
+    assert (first.device, first.peak_gib, first.reserved_gib, first.reachable_gib) == ("GPU X", 10, 12, 14)
+    assert (first.alloc_retries, second.alloc_retries) == (3, 0)  # those since the last log, not those of the probe
+    assert first.host_total_gib > first.host_available_gib > 0
+    assert [interval.step for interval in monitor.history.intervals] == [1, 2]
+    monitor.on_train_begin(None, None, None)  # of a second train()
+    assert monitor.history.intervals == []
+
+
+@pytest.mark.parametrize(
+    ("cached", "free", "in_the_way"),
+    [(8, 1, True), (2, 1, False), (8, 12, False), (2.5, 5.9, True), (2.4, 5.9, False), (2.5, 6, False), (0, 0, False)],
+)
+def test_a_cache_is_given_back_where_it_is_large_and_memory_is_scarce(cached, free, in_the_way):
+    from accelerate_unsloth.trainers.caches import is_in_the_way
+
+    assert is_in_the_way(cached, free, 24) is in_the_way
+
+
+def test_on_a_cpu_no_cache_is_looked_for(monkeypatch):
+    import torch
+
+    from accelerate_unsloth.trainers.caches import free_if_in_the_way
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("asked for a GPU"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("emptied a cache"))
+    free_if_in_the_way(torch.device("cpu"))
+
+
+def test_the_cache_is_looked_at_before_and_after_an_evaluation(monkeypatch):
+    from accelerate_unsloth.trainers import reporting
+
+    order = []
+
+    class Evaluating:
+        def _evaluate(self, trial):
+            order.append("evaluation")
+            return {"eval_loss": 2.0}
+
+    class Trainer(reporting.ReportMixin, Evaluating):
+        def __init__(self):
+            self._clock, self.args = reporting._RunClock(), SimpleNamespace(device="a GPU")
+
+    monkeypatch.setattr(reporting, "free_if_in_the_way", order.append)
+    trainer = Trainer()
+    assert trainer._evaluate(None) == {"eval_loss": 2.0}
+    assert order == ["a GPU", "evaluation", "a GPU"]
+    assert trainer._clock.spent.evaluation_s > 0
 
 
 @pytest.mark.launch

@@ -8,8 +8,9 @@ import pytest
 
 import accelerate_unsloth
 from accelerate_unsloth import UnslothPlugin
+from accelerate_unsloth.launch_hint import check_launch
 from accelerate_unsloth.ledger import Ledger
-from accelerate_unsloth.patch.options import Options, check_launch, resolve_backend
+from accelerate_unsloth.patch.options import Options, resolve_backend
 
 from .launching import ROOT, WORKERS, clean_environment, configs
 
@@ -342,3 +343,23 @@ def test_the_scripts_of_the_proof_are_unmodified():
 
 def test_options_are_compared_by_value():
     assert Options(plugin=UnslothPlugin(bucket_cap_mb=7)) == Options(plugin=UnslothPlugin(bucket_cap_mb=7))
+
+
+def test_old_spellings_beside_plain_training_arguments_are_kept_as_unsloths_config_names_them(monkeypatch):
+    """Unsloth's SFTConfig has `max_seq_length`; TRL would drop a text field that is only set on TrainingArguments."""
+    from dataclasses import dataclass
+
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    from accelerate_unsloth.patch import old_spellings
+
+    @dataclass
+    class ConfigOfUnsloth(SFTConfig):
+        max_seq_length: int | None = None
+
+    monkeypatch.setattr(old_spellings, "SFTConfig", ConfigOfUnsloth)
+    keywords = {"max_seq_length": 64, "dataset_text_field": "summary", "tokenizer": "any"}
+    args, left = old_spellings.to_installed_trl(TrainingArguments("out", use_cpu=True, learning_rate=0.5), keywords)
+    assert (args.max_seq_length, args.dataset_text_field, args.learning_rate) == (64, "summary", 0.5)
+    assert left == {"tokenizer": "any"}

@@ -10,14 +10,17 @@ def test_defaults():
     assert (plugin.engine, plugin.gradient_sync, plugin.bucket_cap_mb) == ("auto", "auto", 25)
     assert plugin.gradient_as_bucket_view is True
     assert plugin.find_unused_parameters is None
+    assert plugin.monitor is plugin.report is True
 
 
 def test_an_unset_field_is_read_from_the_environment_and_a_set_one_is_not(monkeypatch):
     monkeypatch.setenv("ACCELERATE_UNSLOTH_BUCKET_CAP_MB", "50")
     monkeypatch.setenv("ACCELERATE_UNSLOTH_STATIC_GRAPH", "yes")
     monkeypatch.setenv("ACCELERATE_UNSLOTH_FIND_UNUSED_PARAMETERS", "0")
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_REPORT", "0")
     plugin = UnslothPlugin(static_graph=False)
     assert (plugin.bucket_cap_mb, plugin.static_graph, plugin.find_unused_parameters) == (50, False, False)
+    assert plugin.report is False
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_the_arithmetic_gives_the_weights_and_peaks_that_were_measured():
     assert nf4_gib == pytest.approx(4.14, rel=0.02)
     assert LLAMA_8B.lora_values(16) == 41_943_040
     for tokens, measured_gib in ((1024, 5.13), (4096, 5.80), (16384, 7.83)):
-        step = 41_943_040 * 10 + LLAMA_8B.workspace_bytes + tokens * LLAMA_8B.activation_bytes(True)
+        step = 41_943_040 * 10 + LLAMA_8B.workspace_bytes + LLAMA_8B.activation_bytes(tokens, True)
         assert nf4_gib + step / memory.GIB == pytest.approx(measured_gib, rel=0.15)
 
 

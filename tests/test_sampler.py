@@ -81,6 +81,7 @@ WAYS = {
     "to a budget": {"balance": True, "token_budget": 64},
     "padded, to a budget": {"balance": True, "cost": RowCost(padded=True), "token_budget": 64},
     "by number, to a budget": {"token_budget": 64},
+    "padded, by number, to a budget": {"cost": RowCost(padded=True), "token_budget": 64},
 }
 
 
@@ -117,6 +118,36 @@ def test_every_rank_takes_every_micro_step_that_the_trainer_counts(way, num_samp
         assert all(micro_batch for micro_step in stream for micro_batch in micro_step)
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if "in step" in way])
+@given(st.integers(1, 90), LAUNCH)
+@settings(max_examples=60, deadline=None)
+def test_a_filler_is_of_the_same_step_and_comes_behind_the_work(way, num_samples, launch):
+    ranks = ways(num_samples, launch, way)
+    for sampler in ranks:
+        stream = [micro_step[0][0] for micro_step in sampler]
+        for step in range(sampler.num_steps):
+            firsts = stream[step * sampler.accumulation : (step + 1) * sampler.accumulation]
+            work = len(sampler.plan(step)[sampler.rank])
+            assert [index < 0 for index in firsts] == [False] * work + [True] * (sampler.accumulation - work)
+            of_this_step = {i for batches in sampler.plan(step) for batch in batches for i in batch}
+            assert {~index for index in firsts if index < 0} <= of_this_step
+
+
+@given(st.integers(1, 90), LAUNCH)
+@settings(max_examples=60, deadline=None)
+def test_a_share_is_accumulated_in_as_many_micro_batches_as_the_arguments_say(num_samples, launch):
+    sampler = ways(num_samples, launch, "by tokens")[0]
+    for step in range(sampler.num_steps):
+        for batches in sampler.plan(step):
+            assert len(batches) == min(sampler.accumulation, sum(map(len, batches)))
+
+
+def test_micro_batches_of_a_budget_are_spread_over_the_micro_steps():
+    sampler = EffectiveBatchSampler(6, 1, 0, 3, 2, seed=0, strategy="sequential", lengths=[9, 9, 9, 9, 9, 1])
+    sampler.token_budget = 10
+    assert list(sampler) == [[[0, 5], [1]], [[2], [3], [4]]]
+
+
 @given(st.integers(1, 90), LAUNCH)
 @settings(max_examples=100, deadline=None)
 def test_a_micro_batch_dealt_by_number_keeps_the_size_of_the_arguments(num_samples, launch):
@@ -148,12 +179,33 @@ def test_epochs_differ_and_repeat_with_the_seed():
     assert epoch_order(50, seed=1, epoch=0) != epoch_order(50, seed=2, epoch=0)
 
 
+def test_an_epoch_that_was_set_has_its_own_order():
+    (sampler,) = samplers(20, (1, 1, 4))
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        epochs.append([index for micro_step in sampler for batch in micro_step for index in batch])
+    assert epochs == [epoch_order(20, seed=7, epoch=epoch) for epoch in (0, 1, 0)]
+
+
 def test_the_order_is_that_of_the_stock_trainer():
     from accelerate.data_loader import SeedableRandomSampler
 
     stock = SeedableRandomSampler(list(range(50)), data_seed=42)
     stock.set_epoch(3)
     assert epoch_order(50, seed=42, epoch=3) == list(stock)
+
+
+def test_the_order_by_length_is_that_of_the_stock_trainer_for_the_whole_effective_batch():
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    stock = LengthGroupedSampler(8, lengths=LENGTHS, generator=torch.Generator().manual_seed(7))
+    (sampler, _) = samplers(90, (2, 2, 2), strategy="group_by_length", lengths=LENGTHS)
+    order = [
+        i for step in range(sampler.num_steps) for batches in sampler.plan(step) for batch in batches for i in batch
+    ]
+    stock = list(stock)
+    assert [sorted(order[k : k + 8]) for k in range(0, 90, 8)] == [sorted(stock[k : k + 8]) for k in range(0, 90, 8)]
 
 
 def test_group_by_length_puts_similar_lengths_together():
@@ -178,6 +230,17 @@ def test_an_unknown_strategy_is_named():
 def test_evaluation_sees_each_sample_once_and_ranks_stay_in_step(num_samples, world_size, batch_size):
     check_evaluation(num_samples, world_size, batch_size, None)
     check_evaluation(num_samples, world_size, batch_size, LENGTHS[:num_samples])
+
+
+def test_evaluation_batches_are_level_and_the_longest_come_first():
+    ranks = [list(EvaluationSampler(5, 2, rank, 2, lengths=[1, 5, 2, 4, 3])) for rank in (0, 1)]
+    assert ranks == [[[1, 3], [0]], [[4, 2], [~0]]]
+
+
+def test_evaluation_keeps_the_order_of_equal_lengths_on_every_machine():
+    """The sort is a stable one: others depend on the processor, and the ranks have to agree."""
+    batches = EvaluationSampler(1000, 1, 0, 1000, lengths=[i % 2 for i in range(1000)])
+    assert list(batches) == [[*range(1, 1000, 2), *range(0, 1000, 2)]]
 
 
 def check_evaluation(num_samples, world_size, batch_size, lengths):

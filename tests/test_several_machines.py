@@ -5,6 +5,10 @@ import socket
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from accelerate_unsloth import checkpoints
 
 from .launching import WORKERS, finish, launch, launcher_command, result, start
 
@@ -42,24 +46,57 @@ def one_process(tiny_model, uneven_data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def two_machines(tiny_model, uneven_data, tmp_path_factory):
+    """The folder of an uninterrupted run of two machines, with or without a shared disk, run once; and their caches."""
+    runs = {}
+
+    def run(share_a_disk):
+        if share_a_disk not in runs:
+            folder = tmp_path_factory.mktemp("two")
+            caches = [folder / "cache" / ("shared" if share_a_disk else str(rank)) for rank in (0, 1)]
+            options = {"args": {"gradient_accumulation_steps": 1}, "save": True}
+            machines = launch_two_machines([tiny_model, uneven_data, folder, json.dumps(options)], caches)
+            assert [m.status for m in machines] == [0, 0], "".join(m.output[-2000:] for m in machines)
+            runs[share_a_disk] = folder, caches
+        return runs[share_a_disk]
+
+    return run
+
+
 @pytest.mark.parametrize("share_a_disk", [True, False])
-def test_two_machines_of_two_give_the_loss_curve_of_one_process(
-    share_a_disk, one_process, tiny_model, uneven_data, tmp_path
-):
-    caches = [tmp_path / "cache" / ("shared" if share_a_disk else str(rank)) for rank in (0, 1)]
-    options = {"args": {"gradient_accumulation_steps": 1}, "save": True}
-    machines = launch_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(options)], caches)
-    assert [machine.status for machine in machines] == [0, 0], "".join(m.output[-2000:] for m in machines)
-    assert result(tmp_path)["losses"] == pytest.approx(result(one_process)["losses"], rel=1e-5)
+def test_two_machines_of_two_give_the_loss_curve_of_one_process(share_a_disk, one_process, two_machines):
+    folder, caches = two_machines(share_a_disk)
+    assert result(folder)["losses"] == pytest.approx(result(one_process)["losses"], rel=1e-5)
     # Each machine tokenises once, and one process in all writes.
-    mapped = [max(result(tmp_path, rank)["mapped_rows"], default=0) for rank in range(4)]
+    mapped = [max(result(folder, rank)["mapped_rows"], default=0) for rank in range(4)]
     assert mapped[1] <= 8
     assert mapped[3] <= 8
-    assert [bool(result(tmp_path, rank)["saves"]) for rank in range(4)] == [True, False, False, False]
+    assert [bool(result(folder, rank)["saves"]) for rank in range(4)] == [True, False, False, False]
     assert all(cache.is_dir() for cache in caches)
 
 
-def test_an_error_on_one_machine_ends_the_other(tiny_model, uneven_data, tmp_path):
-    options = {"args": {"gradient_accumulation_steps": 1}, "provoke": {"what": "kill", "rank": 3, "step": 2}}
+# What is lost, on the machine of which rank, at the end of which step. Ranks 2 and 3 are the second machine's, and the
+# launcher of the first one holds the rendezvous of both.
+LOSSES = [("kill", 3, 2), ("lose_launcher", 2, 3), ("lose_power", 0, 5)]
+
+
+def test_a_machine_that_is_lost_ends_the_other_and_both_go_on_when_they_are_started_again(
+    two_machines, tiny_model, uneven_data, tmp_path
+):
+    saving = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {"args": saving, "resume": "auto"}
+    for what, rank, step in LOSSES:
+        lost = options | {"provoke": {"what": what, "rank": rank, "step": step}}
+        machines = launch_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(lost)], [tmp_path / "cache"] * 2)
+        assert all(machine.status != 0 for machine in machines)
+        newest, _ = checkpoints.newest_complete(tmp_path / "run")
+        # Killed before step's checkpoint; or, without a launcher, stopped in order by the step after it.
+        assert newest.name in [f"checkpoint-{saved}" for saved in (step - 1, step, step + 1)]
     machines = launch_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(options)], [tmp_path / "cache"] * 2)
-    assert all(machine.status != 0 for machine in machines)
+    assert [m.status for m in machines] == [0, 0], "".join(m.output[-2000:] for m in machines)
+
+    whole, _ = two_machines(True)
+    assert result(tmp_path)["losses"] == result(whole)["losses"]
+    one, other = (load_file(folder / "weights0.safetensors") for folder in (whole, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from safetensors.torch import load_file
 
 from accelerate_unsloth import checkpoints
 
-from .launching import ROOT, WORKERS, clean_environment, launch, result
+from .launching import ROOT, WORKERS, clean_environment, finish, launch, result
+from .launching import start as spawn
 
 pytestmark = pytest.mark.launch
 
@@ -42,12 +45,14 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(tiny_model
     outcome = crash_loop(tmp_path / "killed", tiny_model, uneven_data, KILLS, whole["last_attempt_s"])
     assert outcome["killed"] == KILLS
     assert any(outcome["steps_seen"])  # some of them after a checkpoint
+    assert outcome["half_written"] >= 2
+    assert outcome["in_evaluation"] >= 4
     assert result(tmp_path / "killed")["losses"] == result(tmp_path / "whole")["losses"]
     one, other = (load_file(tmp_path / name / "weights0.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def start(folder, tiny_model, uneven_data, processes=2, launcher=(), real_launcher=False, **options):
+def start(folder, tiny_model, uneven_data, processes=2, launcher=(), inside=(), real_launcher=False, **options):
     options["args"] = {"gradient_accumulation_steps": 2, "num_train_epochs": 2} | options.get("args", {})
     return launch(
         WORKERS / "train.py",
@@ -55,6 +60,7 @@ def start(folder, tiny_model, uneven_data, processes=2, launcher=(), real_launch
         processes,
         environment={"HF_HOME": str(folder / "cache")},
         launcher=launcher,
+        inside=inside,
         real_launcher=real_launcher,
     )
 
@@ -114,10 +120,35 @@ def test_the_best_model_is_the_same_on_all_ranks(tiny_model, uneven_data, tmp_pa
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model, uneven_data, tmp_path):
     provoke = {"what": "interrupt", "step": 3}
-    finished = start(tmp_path, tiny_model, uneven_data, real_launcher=True, provoke=provoke)
+    plugin = {"report": True}
+    finished = start(tmp_path, tiny_model, uneven_data, real_launcher=True, provoke=provoke, plugin=plugin)
     assert finished.status != 0
     assert "Stopped by a signal after step 4" in finished.output
+    assert "Stopped by a signal at step 4 of 12" in (tmp_path / "run" / "training_report.html").read_text()
+    assert re.search(rf"exitcode\s*: {128 + signal.SIGINT}\b", finished.output)  # what schedulers understand
     assert checkpoints.newest_complete(tmp_path / "run")[0].name == "checkpoint-4"
+
+
+ASKED_TWICE = """
+import threading
+from accelerate_unsloth import stopping
+stopping._REPEAT_S = 0.0  # the launcher passes on what the terminal has sent already
+stop = stopping.StopRequest()
+with stop.listening():
+    print("listening", flush=True)
+    while stop.signal is None:
+        threading.Event().wait(0.01)
+    print("noted", flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    process = spawn([sys.executable, "-c", ASKED_TWICE])
+    for line in ("listening", "noted"):
+        assert process.stdout.readline().strip() == line
+        process.send_signal(signal.SIGINT)
+    assert finish(process, timeout_s=30).status == 128 + signal.SIGINT
 
 
 def test_a_rank_that_stands_still_is_reported_and_all_end(tiny_model, uneven_data, tmp_path):
@@ -140,8 +171,9 @@ def test_a_bad_number_on_one_rank_stops_all_with_its_samples(mode, tiny_model, u
     assert "(samples [" in finished.output
 
 
-def test_a_step_with_a_bad_number_can_be_skipped_on_all(tiny_model, uneven_data, tmp_path):
-    options = {"plugin": {"on_nonfinite": "skip"}, "provoke": {"what": "nan", "step": 2}}
+@pytest.mark.parametrize("mode", ["after_backward", "overlapped"])
+def test_a_step_with_a_bad_number_can_be_skipped_on_all(mode, tiny_model, uneven_data, tmp_path):
+    options = {"plugin": {"on_nonfinite": "skip", "gradient_sync": mode}, "provoke": {"what": "nan", "step": 2}}
     finished = start(tmp_path, tiny_model, uneven_data, **options)
     assert finished.status == 0, finished.output[-3000:]
     assert "The step is skipped on all ranks" in finished.output
@@ -211,6 +243,14 @@ def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model
     assert "set on_oversized='skip'" in finished.output
 
 
+def test_with_overlapped_sync_running_out_of_memory_ends_all_with_words(tiny_model, uneven_data, tmp_path):
+    options = {"plugin": {"gradient_sync": "overlapped"}, "provoke": {"what": "out_of_memory", "step": 1}}
+    finished = start(tmp_path, tiny_model, uneven_data, args=LARGE, **options)
+    assert finished.status != 0
+    assert finished.output.count("On rank 1 a micro-batch does not fit the memory") == 1
+    assert "gradient_sync='after_backward', under which it is cut in two" in finished.output
+
+
 def test_samples_that_do_not_fit_alone_can_be_left_out_on_record(undisturbed, tiny_model, uneven_data, tmp_path):
     provoke = {"what": "out_of_memory", "step": 1, "always": True}
     finished = start(tmp_path, tiny_model, uneven_data, args=LARGE, provoke=provoke, plugin={"on_oversized": "skip"})
@@ -230,11 +270,28 @@ def test_weights_that_drift_apart_are_noticed_before_they_are_saved(tiny_model, 
     assert checkpoints.newest_complete(tmp_path / "run")[0].name == "checkpoint-2"
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_and_says_so_once(tiny_model, uneven_data, tmp_path):
-    options = {"args": SAVING, "provoke": {"what": "full_disk", "rank": 0, "step": 3}}
-    finished = start(tmp_path, tiny_model, uneven_data, **options)
+# A mount namespace of its own, in which a folder can be made read-only without touching this machine.
+NAMESPACE = ("unshare", "--map-root-user", "--mount")
+
+
+def namespaces_are_permitted() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "inside", "reason"),
+    [("full_disk", (), "File too large"), ("read_only_disk", NAMESPACE, "Read-only file system")],
+)
+def test_a_disk_that_takes_no_more_leaves_earlier_checkpoints_and_says_so_once(
+    what, inside, reason, tiny_model, uneven_data, tmp_path
+):
+    if inside and not namespaces_are_permitted():
+        pytest.skip("no read-only mount: this user may not make mount namespaces here")
+    options = {"args": SAVING, "provoke": {"what": what, "rank": 0, "step": 3}}
+    finished = start(tmp_path, tiny_model, uneven_data, inside=inside, **options)
     assert finished.status != 0
     assert finished.output.count("checkpoint-4 could not be written to") == 1
+    assert reason in finished.output
     newest, passed_over = checkpoints.newest_complete(tmp_path / "run")
     assert newest == tmp_path / "run" / "checkpoint-2"
     assert passed_over == []

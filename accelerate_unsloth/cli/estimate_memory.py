@@ -10,7 +10,9 @@ _CASES = [(bits, checkpointing) for bits in (4, 16) for checkpointing in (True, 
 
 
 def estimate_memory(
-    model_name: Annotated[str, typer.Argument(help="Hub id, or the folder of a model or its config.")],
+    model_name: Annotated[
+        str, typer.Argument(help="Hub id, the folder of a model or its config, or a size such as 8B.")
+    ],
     gpu_gib: Annotated[float, typer.Option(help="Memory of each GPU in GiB.")] = 24.0,
     num_gpus: Annotated[int, typer.Option(help="Processes, one a GPU.")] = 1,
     r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
@@ -20,23 +22,14 @@ def estimate_memory(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Weights, adapters, optimizer and activations per GPU, and the largest micro-batch that fits."""
-    from transformers import AutoConfig
-
+    from .. import shapes
     from ..estimate import estimate
-    from ..memory import ModelShape
 
     try:
-        config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        typer.echo(f"The config of {model_name!r} could not be read: {error}", err=True)
+        shape = shapes.resolve(model_name, trust_remote_code).shape
+    except ValueError as error:
+        typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
-    shape = ModelShape.from_config(config)
-    if shape is None:
-        typer.echo(
-            f"{type(config).__name__} has not the sizes of a decoder-only language model. Name a causal model.",
-            err=True,
-        )
-        raise typer.Exit(2)
     estimates = {
         case: estimate(shape, case[0] == 4, r, optim, checkpointing=case[1], num_gpus=num_gpus) for case in _CASES
     }

@@ -70,7 +70,8 @@ def pack_padded(lengths: Sequence[int], parts: int) -> list[list[int]]:
             start = end
         return groups
 
-    low, high = max(lengths, default=1), max(lengths, default=1) * max(1, len(lengths))
+    longest = max(1, *lengths) if lengths else 1
+    low, high = longest, longest * max(1, len(lengths))
     while low < high:
         cap = (low + high) // 2
         low, high = (low, cap) if len(packed(cap)) <= parts else (cap + 1, high)

@@ -10,7 +10,6 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-FILE_NAME = "lengths.npy"
 _COLUMN = "input_ids"
 
 
@@ -33,7 +32,7 @@ def count_lengths(dataset: datasets.Dataset) -> np.ndarray | None:
     [2, 1]
     ```
     """
-    if _COLUMN not in (dataset.column_names or ()):
+    if _COLUMN not in dataset.column_names:
         return None
     tables = dataset.select_columns([_COLUMN]).with_format("arrow").iter(batch_size=10_000)
     counts = [pc.list_value_length(table[_COLUMN]).to_numpy() for table in tables]
@@ -41,9 +40,15 @@ def count_lengths(dataset: datasets.Dataset) -> np.ndarray | None:
 
 
 def write_lengths(dataset: datasets.Dataset, folder: Path) -> None:
+    """Write the tokens of each sample to the folder that `dataset` was saved to."""
     lengths = count_lengths(dataset)
     if lengths is not None:
-        np.save(folder / FILE_NAME, lengths, allow_pickle=False)
+        np.save(_beside(min(folder.glob("*.arrow"))), lengths, allow_pickle=False)
+
+
+def _beside(data_file: Path) -> Path:
+    """Named after the first data file, because `map` writes its results into the same folder."""
+    return data_file.with_name(f"{data_file.name}.lengths.npy")
 
 
 def lengths_of(dataset) -> np.ndarray | None:
@@ -51,7 +56,7 @@ def lengths_of(dataset) -> np.ndarray | None:
     if not isinstance(dataset, datasets.Dataset):
         return None
     if dataset.cache_files and dataset._indices is None:
-        file = Path(dataset.cache_files[0]["filename"]).parent / FILE_NAME
+        file = _beside(Path(dataset.cache_files[0]["filename"]))
         if file.is_file():
             lengths = np.load(file, mmap_mode="r", allow_pickle=False)
             if len(lengths) == len(dataset):

@@ -7,6 +7,7 @@ that file. The others run the preparation on a few rows, because it also sets up
 arguments).
 """
 
+import hashlib
 import os
 import shutil
 import socket
@@ -76,7 +77,9 @@ def _without_ordering():
 
 def _write(prepared: datasets.Dataset) -> Path:
     """Write to the cache under the fingerprint; complete or absent, also where nodes share the folder."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "accelerate_unsloth" / prepared._fingerprint
+    # A digest of it, because one that was read from a disk may be any text, such as a path.
+    name = hashlib.sha256(prepared._fingerprint.encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "accelerate_unsloth" / name
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -125,6 +125,7 @@ class EffectiveBatchSampler(Sampler):
 
     Attributes:
         token_budget (`int` or `None`): Most tokens of a micro-batch; may be set until the first iteration.
+        first_step (`int`): Step at which the next iteration begins, for a run that goes on in the middle of an epoch.
 
     Example:
 
@@ -163,6 +164,7 @@ class EffectiveBatchSampler(Sampler):
         self.cost = cost or RowCost()
         self.in_step = in_step
         self.token_budget: int | None = None
+        self.first_step = 0
         self.effective_batch = world_size * accumulation * micro_batch
         whole, rest = divmod(num_samples, self.effective_batch)
         self.num_steps = whole if drop_last else whole + (rest > 0)
@@ -176,7 +178,7 @@ class EffectiveBatchSampler(Sampler):
         return self.num_steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        for step in range(self.num_steps):
+        for step in range(self.first_step, self.num_steps):
             plan = self.plan(step)
             filler = [~next(batch[0] for batches in plan for batch in batches)]
             yield from self._micro_steps(plan[self.rank], filler)
@@ -194,8 +196,7 @@ class EffectiveBatchSampler(Sampler):
             return ranks
         shares = [[sample for batch in batches for sample in batch] for batches in ranks]
         return [
-            cut(share, self.lengths[share].tolist(), self.cost, token_budget=self.token_budget) if share else []
-            for share in shares
+            cut(share, self.lengths[share].tolist(), self.cost, token_budget=self.token_budget) for share in shares
         ]
 
     def _micro_steps(self, batches: list[list[int]], filler: list[int]) -> Iterator[list[list[int]]]:
@@ -203,7 +204,7 @@ class EffectiveBatchSampler(Sampler):
         if self.in_step or len(batches) <= self.accumulation:
             empty = [filler] if self.in_step else []
             yield from ([batch] for batch in batches)
-            yield from (list(empty) for _ in range(self.accumulation - len(batches)))
+            yield from [empty] * (self.accumulation - len(batches))
             return
         edges = [len(batches) * turn // self.accumulation for turn in range(self.accumulation + 1)]
         yield from (batches[start:end] for start, end in pairwise(edges))

@@ -13,6 +13,7 @@ from ..topology import uses_cpu
 from . import environment, resolve
 
 failures.install()
+distributed.end_with_launcher()
 distributed.renew_rendezvous()
 distributed.close_process_group_at_exit()
 _plugin = UnslothPlugin()

@@ -11,7 +11,6 @@ The same classes as with the explicit imports are put in place, in memory and th
 """
 
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..ledger import Patch, ledger
 from ..plugin import PREFIX, UnslothPlugin
 from ..topology import topology
 from . import status
-from .options import BackendChoice, Options, check_launch, resolve_backend
+from .options import BackendChoice, Options, resolve_backend
 
 # Options that are read from the environment when the engine is loaded, before any trainer sees a plugin.
 _READ_AT_LOADING = ("engine", "log_on_each_rank")
@@ -115,7 +114,7 @@ def enable_multi_gpu(
     if _active is not None:
         _refuse_other_options(options)
         return Enabled(made_it=False)
-    _require_launch(options)
+    launch_hint.require(options.num_gpus, status.visible_gpus())
     _enable(options)
     return Enabled(made_it=True)
 
@@ -189,16 +188,6 @@ def _refuse_other_options(options: Options) -> None:
             f"enable_multi_gpu() is in force already, and this call asks for {', '.join(differences)}. Call "
             "disable_multi_gpu() first, or give all options in one call."
         )
-
-
-def _require_launch(options: Options) -> None:
-    if options.num_gpus is None:
-        return
-    visible_gpus = status.visible_gpus()
-    launched = topology().world_size > 1 or "RANK" in os.environ
-    if not check_launch(options.num_gpus, topology().world_size, launched, visible_gpus):
-        print(launch_hint.needed(options.num_gpus, visible_gpus), file=sys.stderr)
-        raise SystemExit(2)
 
 
 def _environment(options: Options, plugin: UnslothPlugin) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """
 Keywords that `trl.SFTTrainer` once took and Unsloth's notebooks still use, as the installed TRL spells them.
 
-Unsloth's own trainer translates them by itself; this is for the reference engine, whose trainer is TRL's.
+The reference engine's trainer is TRL's, which refuses them. Unsloth translates them by itself, but beside plain
+`TrainingArguments` TRL then drops what Unsloth has set, such as a `dataset_text_field` that is not "text" (unsloth 2026.10.6,
+`_backwards_compatible_trainer` in trainer.py; trl 1.15.0, `SFTTrainer.__init__`). Delete that use when one of them mends it.
 """
 
 from dataclasses import fields
@@ -41,7 +43,9 @@ def to_installed_trl(args: TrainingArguments | None, keywords: dict[str, Any]):
     ```
     """
     options = {field.name for field in fields(SFTConfig) if field.init}
-    moved = {_RENAMED.get(name, name): value for name, value in keywords.items() if name in options | _RENAMED.keys()}
+    # Unsloth's SFTConfig still has the old names.
+    renamed = {old: new for old, new in _RENAMED.items() if old not in options}
+    moved = {renamed.get(name, name): value for name, value in keywords.items() if name in options | _RENAMED.keys()}
     left = {name: value for name, value in keywords.items() if name not in options | _RENAMED.keys()}
     if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
         # Field by field: `to_dict` would hide tokens and turn enums into text.

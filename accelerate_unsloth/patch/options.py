@@ -1,4 +1,4 @@
-"""What `enable_multi_gpu` takes, checked, and whether this launch can serve it."""
+"""What `enable_multi_gpu` takes, checked."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -75,42 +75,3 @@ def resolve_backend(requested: str, world_size: int, on_cpu: bool) -> BackendCho
     if requested == "nccl" and on_cpu:
         return BackendChoice("gloo", "this launch uses the CPU, where NCCL cannot run")
     return BackendChoice(requested, "asked for, or the default")
-
-
-def check_launch(num_gpus: int | None, world_size: int, launched: bool, visible_gpus: int) -> bool:
-    """
-    Compare `num_gpus` with what is there.
-
-    Args:
-        num_gpus (`int`, *optional*): Processes asked for; `None` takes any launch as it is.
-        world_size (`int`): Processes of this launch.
-        launched (`bool`): Whether a launcher started this process as one of several.
-        visible_gpus (`int`): GPUs that this process can see.
-
-    Returns:
-        `bool`: whether this process can go on; if not, it has to be started by a launcher.
-
-    Raises:
-        ValueError: for a launch of another size, or fewer visible GPUs than asked for.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.patch.options import check_launch
-    >>> check_launch(4, world_size=1, launched=False, visible_gpus=8)
-    False
-    ```
-    """
-    if num_gpus is None:
-        return True
-    if launched and num_gpus != world_size:
-        raise ValueError(
-            f"num_gpus={num_gpus} was asked for, but this launch has {world_size} process(es). Launch with "
-            f"--num_processes {num_gpus}, or leave num_gpus out to take the launch as it is."
-        )
-    if not launched and 0 < visible_gpus < num_gpus:
-        raise ValueError(
-            f"num_gpus={num_gpus} was asked for, but {visible_gpus} GPU(s) are visible. Ask for {visible_gpus}, or "
-            "make more visible with CUDA_VISIBLE_DEVICES."
-        )
-    return launched or num_gpus == 1

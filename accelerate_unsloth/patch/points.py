@@ -11,7 +11,7 @@ import trl.trainer.sft_trainer
 
 from ..ledger import Patch, ledger
 from ..trainers.sft import SFTTrainer
-from .old_spellings import to_installed_trl
+from .old_spellings import SFTConfig, to_installed_trl
 from .options import BackendChoice, Options
 
 _LOADERS = {"FastLanguageModel": FastLanguageModel, "FastModel": FastModel}
@@ -79,7 +79,7 @@ def trainer_init(init, plugin):
     def patched_init(self, model=None, args=None, *rest, **keywords):
         if keywords.get("plugin") is None:
             keywords["plugin"] = plugin
-        if choice.name == "reference":
+        if choice.name == "reference" or (args is not None and not isinstance(args, SFTConfig)):
             args, keywords = to_installed_trl(args, keywords)
         # Unsloth reads old spellings only beside a keyword `args`, which the trainer's own __init__ sees to.
         init(self, model, args, *rest, **keywords)

@@ -46,6 +46,11 @@ class GuardMixin:
             sys.exit(128 + (self._stop.signal or signal.SIGTERM))
         return output
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal ended the training, on any rank."""
+        return self._stop_agreed
+
     @contextmanager
     def _watched(self):
         """A watchdog around the training loop, unless it is switched off or a debugger may hold the process."""

@@ -31,6 +31,7 @@ from .checkpointing import CheckpointMixin
 from .guards import GuardMixin
 from .out_of_memory import OutOfMemoryMixin
 from .planning import PlanningMixin
+from .reporting import ReportMixin
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -44,7 +45,7 @@ class MicroBatch:
     samples: list[int]  # indices into the training data; empty where we did not deal them, or do not need them
 
 
-class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, PlanningMixin):
+class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMemoryMixin, PlanningMixin):
     """
     Mixin for trainers of the kind of TRL's SFTTrainer: a loss over labelled tokens. Put it first among the bases.
 
@@ -197,7 +198,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
         self._monitor.begin_work()
         if self.gradient_sync.mode == "overlapped":
             (batch,) = inputs
-            loss = super().training_step(model, batch.inputs, num_items_in_batch)
+            loss = self._learn_in_step(model, batch, num_items_in_batch)
             self._step_loss += loss
             if self.accelerator.sync_gradients:
                 self._end_step_without_reducer()
@@ -281,7 +282,7 @@ class DistributedTrainerMixin(GuardMixin, CheckpointMixin, OutOfMemoryMixin, Pla
                 tokens = self.accelerator.reduce(tokens, reduction="sum")
             logs["num_tokens"] = int(tokens.item())
             if self.plugin.monitor:
-                logs |= self._monitor.read()
+                logs |= self._read_ranks()
         return super().log(logs, *args, **kwargs)
 
     # ---- Evaluation ----

@@ -79,11 +79,28 @@ class OutOfMemoryMixin:
         finally:
             self._loss_weight = None
 
+    def _learn_in_step(self, model, batch, num_items_in_batch) -> torch.Tensor:
+        """
+        Forward and backward where ranks meet in every backward, so that none of them can cut a micro-batch on its own.
+
+        Raises:
+            torch.OutOfMemoryError: if it does not fit.
+        """
+        try:
+            return super().training_step(model, batch.inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            raise self._explained(error, []) from error
+
     def _explained(self, error: torch.OutOfMemoryError, samples: list[int]) -> torch.OutOfMemoryError:
-        what = f"sample {samples[0]} alone, of {self._length(samples[0])} tokens," if samples else "a micro-batch"
+        what, remedy = "a micro-batch", "or a smaller per_device_train_batch_size"
+        if samples:
+            what = f"sample {samples[0]} alone, of {self._length(samples[0])} tokens,"
+            remedy = "or set on_oversized='skip' to leave such samples out"
+        elif self.gradient_sync.mode == "overlapped":
+            remedy = "or gradient_sync='after_backward', under which it is cut in two"
         return torch.OutOfMemoryError(
             f"On rank {topology().rank} {what} does not fit the memory ({error}). Use gradient checkpointing, a smaller "
-            "max_length or 4-bit weights, or set on_oversized='skip' to leave such samples out."
+            f"max_length or 4-bit weights, {remedy}."
         )
 
     def _skip(self, sample: int, items: int) -> torch.Tensor:

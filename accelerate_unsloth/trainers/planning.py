@@ -249,7 +249,7 @@ class PlanningMixin:
         reading = memory.read(self.args.device, self.plugin.memory_fraction)
         arithmetic = ""
         if shape is not None:
-            need = tokens * shape.activation_bytes(kernels.recomputes(self.model)) + shape.workspace_bytes
+            need = shape.activation_bytes(tokens, kernels.recomputes(self.model)) + shape.workspace_bytes
             arithmetic = (
                 f" (about {need / memory.GIB:.2f} GiB of activations; {reading.left_bytes / memory.GIB:.2f} GiB left)"
             )

@@ -15,7 +15,7 @@ from pathlib import Path
 # Libraries derive folders from it when they are imported. It cannot be made, so that one they were left with shows.
 NO_HOME = "/proc/no/home"
 # Variables that a forked process can be given: what reads them does so after the fork, or is told anew (`HF_HOME`).
-_FREE_NAMES = ("HF_HOME", "TENSORBOARD_LOGGING_DIR", "PYTEST_CURRENT_TEST")
+_FREE_NAMES = ("HF_HOME", "HF_TOKEN", "WANDB_API_KEY", "TENSORBOARD_LOGGING_DIR", "PYTEST_CURRENT_TEST")
 _FREE_PREFIX = "ACCELERATE_UNSLOTH_"
 _STARTING_S = 300
 _ENDING_S = 45  # a launcher that is told to end gives its ranks 30 s

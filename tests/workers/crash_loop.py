@@ -1,5 +1,6 @@
 """
-Kill ranks at random moments, and restart the run until it ends.
+Kill ranks at random moments, and restart the run until it ends. Of four kills one is aimed at a checkpoint that is being
+written, and one at an evaluation.
 
     crash_loop.py MODEL DATA OUT KILLS LONGEST_S SEED
 
@@ -44,7 +45,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def fork_rank(rank: int, port: int, arguments: list[str], log) -> int:
+def fork_rank(rank: int, port: int, arguments: list, log) -> int:
     child = os.fork()
     if child:
         return child
@@ -63,30 +64,51 @@ def fork_rank(rank: int, port: int, arguments: list[str], log) -> int:
         from tests.workers.train import main
 
         torch.set_num_threads(1)
-        main(*arguments, OPTIONS)
+        main(*arguments)
         status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     os._exit(status)
 
 
-def attempt(arguments: list[str], kill_after_s: float | None, victim: int, log) -> bool:
+def never() -> bool:
+    return False
+
+
+def after(seconds: float):
+    """Any moment: loading, training, saving and evaluation all get their share."""
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() > deadline
+
+
+def in_a_save(staging: Path, earliest_s: float, within_s: float):
+    """So long after a checkpoint has begun to be written, by this attempt and not before `earliest_s`."""
+    started_at, earliest, due_at = time.time(), time.monotonic() + earliest_s, []
+
+    def due() -> bool:
+        if not due_at and time.monotonic() > earliest and staging.exists() and staging.stat().st_mtime > started_at:
+            due_at.append(time.monotonic() + within_s)
+        return bool(due_at) and time.monotonic() > due_at[0]
+
+    return due
+
+
+def attempt(arguments: list, is_due, victim: int, log) -> bool:
     """One launch of two ranks; `True` if both came to the end before the kill."""
     port = free_port()
     ranks = [fork_rank(rank, port, arguments, log) for rank in (0, 1)]
-    deadline = None if kill_after_s is None else time.monotonic() + kill_after_s
     running, failed = set(ranks), False
     while running:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child:
             running.discard(child)
             failed = failed or status != 0
-        elif deadline is not None and time.monotonic() > deadline:
+        elif is_due():
             if ranks[victim] in running:
                 os.kill(ranks[victim], signal.SIGKILL)
-            deadline = None
+            is_due = never
         else:
-            time.sleep(0.005)
+            time.sleep(0.002)
         if failed:  # as the launcher does
             for other in running:
                 os.kill(other, signal.SIGKILL)
@@ -94,21 +116,38 @@ def attempt(arguments: list[str], kill_after_s: float | None, victim: int, log) 
 
 
 def main(model: str, data: str, out: str, kills: str, longest_s: str, seed: str) -> None:
-    generator = random.Random(int(seed))
-    arguments, killed, steps_seen = [model, data, out], 0, []
+    generator, longest_s = random.Random(int(seed)), float(longest_s)
+    arguments, run = [model, data, out], Path(out) / "run"
+    killed, steps_seen, half_written, in_evaluation = 0, [], 0, 0
     with (Path(out) / "log.txt").open("w") as log:
         while killed < int(kills):
-            # Between the fork and the end of a whole run: loading, training, saving and evaluation all get their share.
-            if attempt(arguments, generator.uniform(0.3, float(longest_s)), generator.randrange(2), log):
-                for checkpoint in (Path(out) / "run").glob("checkpoint-*"):
+            victim, options, is_due, aim = generator.randrange(2), OPTIONS, never, killed % 4
+            if aim == 1:
+                is_due = in_a_save(
+                    run / ".incomplete", generator.uniform(0.3, longest_s / 2), generator.uniform(0, 0.02)
+                )
+            elif aim == 3:
+                step = generator.randrange(1, 24)
+                options = OPTIONS | {"provoke": {"what": "kill_in_evaluation", "rank": victim, "step": step}}
+            else:
+                is_due = after(generator.uniform(0.3, longest_s))
+            if attempt([*arguments, options], is_due, victim, log):
+                for checkpoint in run.glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
                 continue
-            killed += 1
-            steps_seen.append(max([int(c.name[11:]) for c in (Path(out) / "run").glob("checkpoint-*")], default=0))
+            killed, in_evaluation = killed + 1, in_evaluation + (aim == 3)
+            half_written += (run / ".incomplete").exists()
+            steps_seen.append(max([int(c.name[11:]) for c in run.glob("checkpoint-*")], default=0))
         start = time.monotonic()
-        ended = attempt(arguments, None, 0, log)
+        ended = attempt([*arguments, OPTIONS], never, 0, log)
         seconds = time.monotonic() - start
-    print(json.dumps({"killed": killed, "ended": ended, "steps_seen": steps_seen, "last_attempt_s": seconds}))
+    outcome = {
+        "killed": killed,
+        "half_written": half_written,
+        "in_evaluation": in_evaluation,
+        "steps_seen": steps_seen,
+    }
+    print(json.dumps(outcome | {"ended": ended, "last_attempt_s": seconds}))
 
 
 if __name__ == "__main__":

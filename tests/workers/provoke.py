@@ -3,8 +3,10 @@
 import os
 import resource
 import signal
+import subprocess
 import time
 
+import psutil
 import torch
 from transformers import TrainerCallback
 
@@ -31,12 +33,20 @@ class Provoke(TrainerCallback):
             self.hook.remove()
         raise torch.OutOfMemoryError("CUDA out of memory. Provoked by a test")
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.here and self.what == "kill_in_evaluation" and state.global_step >= self.step:
+            self.kill()
+
+    def kill_in_evaluation(self):
+        """Provoked by `on_prediction_step`, in the first evaluation from this step on."""
+
     def out_of_memory(self):
         """Provoked in the backward."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.here and self.first_attempt and state.global_step == self.step:
             self.weights = [p for p in kwargs["model"].parameters() if p.requires_grad]
+            self.folder = args.output_dir
             getattr(self, self.what)()
         if hasattr(self, "hook"):
             self.hook.remove()
@@ -52,9 +62,25 @@ class Provoke(TrainerCallback):
     def kill(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def lose_launcher(self):
+        """The launcher of this machine dies without a word, and its processes are still there."""
+        os.kill(os.getppid(), signal.SIGKILL)
+
+    def lose_power(self):
+        """The launcher of this machine and all its processes die at once."""
+        launcher = psutil.Process(os.getppid())
+        *others, here = sorted(launcher.children(recursive=True), key=lambda process: process.pid == os.getpid())
+        for process in [launcher, *others, here]:
+            process.kill()
+
     def full_disk(self):
         """No file of this process may grow beyond 4 KiB from now on."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+    def read_only_disk(self):
+        """The output folder becomes read-only, in the mount namespace that the test made for the launch."""
+        subprocess.run(["mount", "--bind", self.folder, self.folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", self.folder], check=True)
 
     def hang(self):
         while True:

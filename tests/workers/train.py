@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
+from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin, report
+from accelerate_unsloth.engines.loaded import choice
 
 # isort: split
 import datasets
@@ -52,7 +53,8 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         train_dataset=rows,
         eval_dataset=evaluation,
         tokenizer=tokenizer,  # the old spelling, which Unsloth scripts use
-        plugin=UnslothPlugin(**options.get("plugin", {})),
+        # Drawing takes two seconds, which the tests of the report alone ask for.
+        plugin=UnslothPlugin(**{"report": False} | options.get("plugin", {})),
     )
     sabotage(options.get("sabotage"))
     if "memory_tokens" in options:
@@ -66,8 +68,9 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         model.save_pretrained_merged(str(out / "merged"), tokenizer)
     rank = PartialState().process_index
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    report = {
+    seen = {
         "losses": [entry["loss"] for entry in history],
+        "learning_rates": [entry["learning_rate"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "num_tokens": [entry["num_tokens"] for entry in history],
         "gradient_sync": trainer.gradient_sync.mode,
@@ -79,8 +82,10 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "eval_losses": [before.get("eval_loss")]
         + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
         "wrapper": type(trainer.model_wrapped).__name__,
+        "log_history": trainer.state.log_history,
+        "decisions": report.rows(trainer, choice),
     }
-    (out / f"result{rank}.json").write_text(json.dumps(report))
+    (out / f"result{rank}.json").write_text(json.dumps(seen))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"weights{rank}.safetensors")
 

@@ -1,0 +1,100 @@
+"""
+Memory that is about to run out, and what to do about it, from the readings that logging steps exchange anyway.
+
+A rank of its own never warns: one rank that runs out ends or slows all of them, so rank 0 names it.
+"""
+
+from dataclasses import dataclass, field
+
+from .readings import RankReading
+
+# Planning leaves a tenth of the GPU free; a peak beyond this is close to what one longer micro-batch takes.
+_GPU_FULL = 0.95
+# Below it Linux begins to drop what it will need again, and soon ends the process that asks next.
+_HOST_LOW = 0.05
+
+_GPU_REMEDY = (
+    "Lower memory_fraction or micro_batch_tokens (per_device_train_batch_size under micro_batch='fixed'), or set "
+    "gradient_checkpointing='unsloth'."
+)
+_HOST_REMEDY = "Use a lower dataloader_num_workers, or fewer processes on that machine."
+
+
+@dataclass(frozen=True)
+class Pressure:
+    kind: str  # "gpu retries" | "gpu full" | "host"
+    ranks: tuple[int, ...]
+    message: str
+
+
+def find(ranks: list[RankReading]) -> list[Pressure]:
+    """
+    What is about to run out.
+
+    Args:
+        ranks (`list[RankReading]`): Of each rank, in rank order.
+
+    Returns:
+        `list[Pressure]`: at most one of each kind, naming all its ranks.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.pressure import find
+    >>> from accelerate_unsloth.readings import RankReading
+    >>> [(found.kind, found.ranks) for found in find([RankReading(), RankReading(peak_gib=23, reachable_gib=24)])]
+    [('gpu full', (1,))]
+    ```
+    """
+    retried = [rank for rank, reading in enumerate(ranks) if reading.alloc_retries > 0]
+    full = [rank for rank, reading in enumerate(ranks) if _is_gpu_full(reading)]
+    low = [rank for rank, reading in enumerate(ranks) if _is_host_low(reading)]
+    found = []
+    if retried:
+        count = sum(ranks[rank].alloc_retries for rank in retried)
+        message = (
+            f"The GPU memory of rank {_names(retried)} ran full {count} time(s) since the last log. PyTorch gave its cache "
+            f"back and went on, which takes time and may fail next. {_GPU_REMEDY}"
+        )
+        found.append(Pressure("gpu retries", tuple(retried), message))
+    if full:
+        worst = max((ranks[rank] for rank in full), key=lambda reading: reading.peak_gib / reading.reachable_gib)
+        message = (
+            f"The GPU memory of rank {_names(full)} is nearly full: at the peak {worst.peak_gib:.2f} of "
+            f"{worst.reachable_gib:.2f} GiB within reach were in use. {_GPU_REMEDY}"
+        )
+        found.append(Pressure("gpu full", tuple(full), message))
+    if low:
+        worst = min((ranks[rank] for rank in low), key=lambda reading: reading.host_available_gib)
+        message = (
+            f"The machine of rank {_names(low)} is nearly out of memory: {worst.host_available_gib:.2f} of "
+            f"{worst.host_total_gib:.2f} GiB are left, and the kernel ends a process at 0. {_HOST_REMEDY}"
+        )
+        found.append(Pressure("host", tuple(low), message))
+    return found
+
+
+def _is_gpu_full(reading: RankReading) -> bool:
+    """By what PyTorch could reach: memory of other processes is out of it, its own cache is not."""
+    return reading.reachable_gib > 0 and reading.peak_gib > _GPU_FULL * reading.reachable_gib
+
+
+def _is_host_low(reading: RankReading) -> bool:
+    return reading.host_available_gib < _HOST_LOW * reading.host_total_gib
+
+
+def _names(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+@dataclass
+class PressureWatch:
+    """Tells each kind of pressure once in a training; `said` keeps the messages."""
+
+    said: dict[str, str] = field(default_factory=dict)
+
+    def news(self, ranks: list[RankReading]) -> list[str]:
+        """Messages of the kinds that were not told before."""
+        fresh = {found.kind: found.message for found in find(ranks) if found.kind not in self.said}
+        self.said |= fresh
+        return list(fresh.values())

@@ -1,0 +1,136 @@
+"""What a loop of one's own saves and goes on from: trained weights, optimizer, schedule, dice, and its place in the epoch."""
+
+import functools
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from .. import checkpoints, saving
+from ..channel import channel
+
+_WEIGHTS, _MOVING, _STATE = "trained.safetensors", "optimizer.pt", "trainer_state.json"
+_POSITION = ("epoch", "step_in_epoch", "global_step", "num_tokens")
+
+
+def save(trainer, folder: Path) -> Path:
+    """
+    Write a checkpoint; all ranks come here together.
+
+    Args:
+        trainer ([`MultiGPUTrainer`]): Set up.
+        folder (`Path`): Its place.
+
+    Raises:
+        OSError: if it cannot be written; what was there is as it was.
+    """
+    staging = folder.parent / checkpoints.STAGING / folder.name
+    channel().run_on_local_main("clear", functools.partial(_make_empty, staging))
+    torch.save(_dice(), staging / f"random_rank{trainer.place.rank}.pt")
+    channel().gather("dice", True)
+    saving.write_once("checkpoint", functools.partial(_write, trainer, staging, folder))
+    return folder
+
+
+def _make_empty(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+
+
+def _write(trainer, staging: Path, folder: Path) -> None:
+    save_file(_trained(trainer.model), staging / _WEIGHTS)
+    torch.save({name: part.state_dict() for name, part in _moving(trainer).items()}, staging / _MOVING)
+    (staging / _STATE).write_text(json.dumps(_described(trainer) | _position(trainer), indent=1))
+    saving.follow_umask(staging)
+    checkpoints.publish(staging, folder)
+    shutil.rmtree(staging.parent, ignore_errors=True)
+
+
+def load(trainer, folder: Path) -> None:
+    """
+    Go on from a checkpoint.
+
+    Raises:
+        ValueError: if it is damaged, or of another training.
+    """
+    wrong = checkpoints.damage(folder)
+    if wrong is not None:
+        raise ValueError(f"{folder} is not a complete checkpoint: {wrong}. Name another one.")
+    state = json.loads((folder / _STATE).read_text())
+    differ = [
+        f"{name}={state.get(name)!r}, now {value!r}"
+        for name, value in _described(trainer).items()
+        if state.get(name) != value
+    ]
+    if differ:
+        raise ValueError(f"{folder} is of another training: {'; '.join(differ)}. Set them as they were.")
+    _restore_weights(trainer.model, load_file(folder / _WEIGHTS))
+    moved = torch.load(folder / _MOVING, map_location="cpu", weights_only=True)
+    for name, part in _moving(trainer).items():
+        part.load_state_dict(moved[name])
+    for name in _POSITION:
+        setattr(trainer, name, state[name])
+    dice = folder / f"random_rank{trainer.place.rank}.pt"
+    if dice.exists():  # a rank more than there were begins with dice of its own
+        _throw(torch.load(dice, weights_only=True))
+
+
+def _described(trainer) -> dict[str, Any]:
+    """What has to be as it was."""
+    trained = sorted((name, list(tensor.shape)) for name, tensor in _trained(trainer.model).items())
+    return {
+        "aggregation_method": trainer.aggregation.method.value,
+        "micro-batches of a step": trainer.gradient_accumulation_steps * trainer.place.world_size,
+        "seed": trainer.seed,
+        "optimizer, scheduler and scaler": sorted(_moving(trainer)),
+        "trained tensors": json.loads(json.dumps(trained)),
+    }
+
+
+def _position(trainer) -> dict[str, int]:
+    return {name: getattr(trainer, name) for name in _POSITION}
+
+
+def _moving(trainer) -> dict[str, Any]:
+    """What moves on with the steps, beside the weights."""
+    parts = {"optimizer": trainer.optimizer, "scheduler": trainer.scheduler, "scaler": trainer.accelerator.scaler}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: trainable parameters, and buffers that a model keeps. Frozen weights are the model's own."""
+    tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept = model.state_dict().keys()
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _restore_weights(model: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        if name in saved:
+            tensor.copy_(saved[name])
+
+
+def _dice() -> dict[str, Any]:
+    """The states of the generators that a forward may use, of types that are loaded without unpickling code."""
+    name, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _throw(states: dict[str, Any]) -> None:
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,104 @@
+"""What is said of a run: readings with each log, warnings of memory pressure, the report at its end."""
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..engines.loaded import choice
+
+# isort: split
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .. import saving, training_report
+from ..pressure import PressureWatch
+from ..readings import summary
+from ..training_report.record import Spent
+from .caches import free_if_in_the_way
+
+logger = logging.get_logger(__name__)
+
+
+class ReportMixin:
+    """Readings and the training report, for [`DistributedTrainerMixin`]."""
+
+    def __init__(self, *args, **kwargs):
+        self._clock, self._pressure = _RunClock(), PressureWatch()
+        super().__init__(*args, **kwargs)
+        self.add_callback(self._clock)
+
+    def train(self, *args, **kwargs):
+        """As the Trainer's; then rank 0 writes `training_report.html` into the output folder."""
+        self._clock.start()
+        self._pressure = PressureWatch()
+        output = super().train(*args, **kwargs)
+        self._clock.stop()
+        if self.plugin.report:
+            # All leave together: after a signal, a rank that ended would make the launcher end rank 0 over its report.
+            saving.write_once("report", self._write_report)
+        return output
+
+    def _write_report(self) -> None:
+        """A report that cannot be written costs a warning, not the training."""
+        try:
+            self._clock.spent.unlogged_s = self._monitor.unlogged_s
+            record = training_report.collect(
+                self,
+                choice,
+                self._clock.began,
+                self._clock.began_at_step,
+                self._clock.spent,
+                self._monitor.history,
+                self._pressure.said.values(),
+            )
+            training_report.write(record, Path(self.args.output_dir))
+        except Exception as error:  # whatever a drawing library, a full disk or an odd model comes up with
+            logger.warning(
+                f"The training is complete, but its report was not written to {self.args.output_dir} "
+                f"({type(error).__name__}: {error}). Nothing else is missing; report=False leaves it out."
+            )
+
+    def _read_ranks(self) -> dict[str, float | int]:
+        """The log entries of all ranks, which come here together; rank 0 warns of memory that is about to run out."""
+        ranks = self._monitor.read(self.state.global_step)
+        for message in self._pressure.news(ranks):
+            if self.is_world_process_zero():
+                logger.warning(message)
+        return summary(ranks)
+
+    def _evaluate(self, *args, **kwargs):
+        with self._clock.spending("evaluation_s"):
+            free_if_in_the_way(self.args.device)
+            metrics = super()._evaluate(*args, **kwargs)
+            free_if_in_the_way(self.args.device)
+        return metrics
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with self._clock.spending("checkpoints_s"):
+            super()._save_checkpoint(*args, **kwargs)
+
+
+class _RunClock(TrainerCallback):
+    """Where the time of `train()` goes, outside of steps."""
+
+    def __init__(self):
+        self.start()
+
+    def start(self) -> None:
+        self.began, self.began_at_step, self.spent = time.strftime("%Y-%m-%d %H:%M:%S %Z"), 0, Spent()
+        self._began_s = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began_at_step = state.global_step
+        self.spent.preparation_s = time.perf_counter() - self._began_s
+
+    @contextmanager
+    def spending(self, what: str):
+        began_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self.spent, what, getattr(self.spent, what) + time.perf_counter() - began_s)
+
+    def stop(self) -> None:
+        self.spent.total_s = time.perf_counter() - self._began_s

@@ -1,0 +1,44 @@
+"""
+Options from what the machine has: read the GPUs, work the options out, change one by hand, keep them in a file.
+
+    accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/advanced_config.py MODEL OUT
+
+MODEL is a hub id or folder, and OUT takes the adapter and the options. Without GPUs it is a dry run with transformers and
+PEFT; launch it with `unsloth_ddp_cpu`. `python examples/demo/make_model.py .demo/model` makes a small model.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate_unsloth import ConfigManager, DeviceManager, enable_multi_gpu, get_multi_gpu_status
+
+model_name, output_dir = sys.argv[1], Path(sys.argv[2])
+devices = DeviceManager()
+manager = ConfigManager(devices)
+if devices.get_available_devices():
+    config = manager.get_optimal_config(model_name, max_seq_length=128, load_in_4bit=False, r=8, optim="adamw_torch")
+else:
+    config = manager.templates()["cpu_dry_run"]
+config["plugin"] = replace(config["plugin"], watchdog_timeout_s=600)  # any option of UnslothPlugin
+enable_multi_gpu(**config)
+
+if get_multi_gpu_status()["rank"] == 0:
+    print(config.explain())
+    output_dir.mkdir(parents=True, exist_ok=True)
+    manager.save(config, output_dir / "multi_gpu.yaml")  # for enable_multi_gpu(**ConfigManager().load(...))
+
+# isort: split
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from unsloth import FastLanguageModel
+
+model, tokenizer = FastLanguageModel.from_pretrained(model_name, max_seq_length=128, load_in_4bit=False)
+trainer = SFTTrainer(
+    model=FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16),
+    processing_class=tokenizer,
+    train_dataset=Dataset.from_list([{"text": f"{a} times 7 is {7 * a}."} for a in range(1, 33)]),
+    args=SFTConfig(output_dir, max_steps=4, optim="adamw_torch", save_strategy="no", report_to="none"),
+)
+trainer.train()
+trainer.save_model()
