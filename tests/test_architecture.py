@@ -105,11 +105,21 @@ def test_the_command_line_imports_nothing_heavy():
 @pytest.mark.parametrize("name", ["FastLanguageModel", "SFTConfig", "SFTTrainer", "DistributedTrainerMixin"])
 def test_the_engine_comes_before_trl_transformers_and_peft(name):
     """So that Unsloth, where it is the engine, is imported first whichever name a script begins with."""
-    # A finder that finds nothing sees every name when its import begins.
-    record = "type('Finder', (), {'find_spec': lambda self, name, *_: print(name)})()"
-    begun = run(f"import sys; sys.meta_path.insert(0, {record}); from accelerate_unsloth import {name}").split()
-    first = min(begun.index(library) for library in ("trl", "transformers", "peft") if library in begun)
-    assert begun.index("accelerate_unsloth.engines.loaded") < first
+    # A finder that finds nothing sees every name when its import begins, and need not wait for the first of the three.
+    script = f"""
+import sys
+libraries = ("trl", "transformers", "peft")
+class Finder:
+    def find_spec(self, name, *_):
+        print(name, flush=True)
+        if name in libraries:
+            sys.exit()
+sys.meta_path.insert(0, Finder())
+from accelerate_unsloth import {name}
+"""
+    begun = run(script).split()
+    assert begun[-1] in ("trl", "transformers", "peft")
+    assert "accelerate_unsloth.engines.loaded" in begun
 
 
 def test_every_public_name_resolves():
