@@ -1,6 +1,7 @@
 """Fixtures: the tiny model and data, made once."""
 
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,9 @@ from .launching import clean_environment
 for name in set(os.environ) - set(clean_environment()):
     del os.environ[name]
 os.environ.update(clean_environment())
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and every process of the suite would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
