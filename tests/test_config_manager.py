@@ -92,6 +92,7 @@ print(json.dumps(asdict(shape)))
 """
 
 
+@pytest.mark.launch
 def test_a_hub_id_of_the_local_cache_is_read_without_importing_transformers(tiny_model, tmp_path):
     """Unsloth has to be imported before it."""
     cached = tmp_path / "hub" / "models--someone--tiny"

@@ -79,6 +79,7 @@ def run(*words):
     return subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=ROOT)
 
 
+@pytest.mark.launch
 def test_the_command_reads_the_config_alone(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     finished = run(tmp_path, "--json", "--gpu-gib", 10, "--tokens", 1000)

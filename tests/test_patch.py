@@ -294,6 +294,7 @@ def test_without_a_launcher_the_script_ends_with_the_command_to_type(tmp_path):
 # ---- python -m accelerate_unsloth ----
 
 
+@pytest.mark.launch
 def test_the_module_runs_a_script_as_python_would(tmp_path):
     (tmp_path / "neighbour.py").write_text("found = True\n")
     (tmp_path / "script.py").write_text(
@@ -306,6 +307,7 @@ def test_the_module_runs_a_script_as_python_would(tmp_path):
     assert finished.stdout.splitlines()[-1] == f"__main__ ['--a', 'b c'] True {tmp_path.resolve()} True"
 
 
+@pytest.mark.launch
 def test_the_variable_turns_the_module_off(tmp_path):
     (tmp_path / "script.py").write_text("import accelerate_unsloth as a; print(a.is_multi_gpu_enabled())\n")
     for value, enabled in (("0", "False"), ("1", "True")):
