@@ -42,22 +42,17 @@ class LocalReducer:
         num_items: torch.Tensor,
         num_tokens: torch.Tensor,
         wants_stop: bool = False,
-        ran_out_of_memory: bool = False,
         check_gradients: bool = True,
     ) -> StepTotals:
         """As [`FlatReducer.reduce`]."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        finite = torch.isfinite(loss)
-        if check_gradients and gradients:
-            norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-            finite = finite & torch.isfinite(norms).all()
+        gradients = [p.grad for p in self._parameters if p.grad is not None] if check_gradients else []
         return StepTotals(
             loss=loss.double(),
             items=num_items,
             tokens=num_tokens,
             stop_votes=int(wants_stop),
-            ranks_out_of_memory=int(ran_out_of_memory),
-            nonfinite_ranks=[] if finite or not num_items else [0],
+            ranks_out_of_memory=0,
+            nonfinite_ranks=[] if not num_items or are_finite(loss, gradients) else [0],
         )
 
     def broadcast_parameters(self) -> None:
@@ -179,6 +174,15 @@ class FlatReducer:
             torch._foreach_copy_(
                 same, [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in same]), same, strict=True)]
             )
+
+
+def are_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> bool:
+    """Whether a loss and gradients, of which there may be none, are all finite: by one number a gradient."""
+    finite = torch.isfinite(loss)
+    if gradients:
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
+        finite = finite & torch.isfinite(norms).all()
+    return bool(finite)
 
 
 def _trainable(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:

@@ -1,6 +1,5 @@
 """What ends a run before its last step: signals, a stand-still, numbers gone bad."""
 
-import math
 import signal
 import sys
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from transformers.utils import logging
 
 from ..channel import channel
 from ..quiet import muted_prints
+from ..reduction import are_finite
 from ..stopping import StopRequest
 from ..topology import topology
 from ..watchdog import Watchdog
@@ -89,11 +89,9 @@ class GuardMixin:
 
     def _own_numbers_are_finite(self, loss: torch.Tensor) -> bool:
         """Where no reduction of ours looks at them: this process's loss, and its gradients unless a GradScaler does."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if self.accelerator.scaler is not None or not gradients:
-            return math.isfinite(loss)
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-        return bool(torch.isfinite(loss) & torch.isfinite(norms).all())
+        scales = self.accelerator.scaler is not None
+        gradients = [] if scales else [p.grad for p in self.model.parameters() if p.grad is not None]
+        return are_finite(loss, gradients)
 
     def _check_weights_are_equal(self) -> None:
         """

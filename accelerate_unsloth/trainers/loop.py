@@ -196,31 +196,25 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
         """
         self.setup()
         self.model.train()
-        began_s, loss, weight = time.perf_counter(), 0.0, 0.0
-        tokens, samples, steps, finished = 0, 0, 0, True
+        began_s, first_step, first_token = time.perf_counter(), self.global_step, self.num_tokens
+        loss, weight, samples = 0.0, 0.0, 0
         stream = self._steps(dataloader, lengths)
-        while True:
-            if steps == max_steps:
-                finished = False
-                break
+        while max_steps is None or self.global_step - first_step < max_steps:
             self._monitor.begin_step()
             batches = next(stream, None)
             totals = self._step(batches)
             if totals is None:  # no rank has any data left
+                self.epoch, self.step_in_epoch = self.epoch + 1, 0
                 break
-            steps += 1
-            tokens += int(totals.tokens)
             samples += sum(len(batch.samples) for batch in batches or ())
             share = float(totals.items) if self.aggregation.method is AggregationMethod.TOKEN_MEAN else 1.0
             loss, weight = loss + float(totals.loss) * share, weight + share
-        if finished:
-            self.epoch, self.step_in_epoch = self.epoch + 1, 0
         ranks = self._shares(samples)
         return EpochStats(
             loss=loss / weight if weight else float("nan"),
-            num_tokens=tokens,
+            num_tokens=self.num_tokens - first_token,
             num_samples=sum(rank.num_samples for rank in ranks),
-            num_steps=steps,
+            num_steps=self.global_step - first_step,
             elapsed_s=time.perf_counter() - began_s,
             ranks=ranks,
         )
