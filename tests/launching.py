@@ -72,14 +72,14 @@ def launcher_command(config: str, processes: int, port: int) -> list[str]:
     return [*words, "--num_processes", str(processes), "--main_process_port", str(port)]
 
 
-def start(command: list[str], environment=None) -> subprocess.Popen:
+def start(command: list[str], environment=None, folder: Path = ROOT) -> subprocess.Popen:
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=clean_environment(environment),
-        cwd=ROOT,
+        cwd=folder,
         start_new_session=True,
     )
     process.started_at = time.monotonic()

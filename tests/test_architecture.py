@@ -102,24 +102,28 @@ def test_the_command_line_imports_nothing_heavy():
     assert loaded.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["FastLanguageModel", "SFTConfig", "SFTTrainer", "DistributedTrainerMixin"])
-def test_the_engine_comes_before_trl_transformers_and_peft(name):
+def test_the_engine_comes_before_trl_transformers_and_peft():
     """So that Unsloth, where it is the engine, is imported first whichever name a script begins with."""
     # A finder that finds nothing sees every name when its import begins, and need not wait for the first of the three.
-    script = f"""
-import sys
-libraries = ("trl", "transformers", "peft")
+    script = """
+import os, sys, torch  # torch once, before each name is tried in a process of its own
 class Finder:
     def find_spec(self, name, *_):
         print(name, flush=True)
-        if name in libraries:
-            sys.exit()
+        if name in ("trl", "transformers", "peft"):
+            os._exit(0)
 sys.meta_path.insert(0, Finder())
-from accelerate_unsloth import {name}
+for name in ("FastLanguageModel", "SFTConfig", "SFTTrainer", "DistributedTrainerMixin"):
+    if not os.fork():
+        exec(f"from accelerate_unsloth import {name}")
+    os.wait()
+    print("end", flush=True)
 """
-    begun = run(script).split()
-    assert begun[-1] in ("trl", "transformers", "peft")
-    assert "accelerate_unsloth.engines.loaded" in begun
+    tried = [names.split() for names in run(script).split("end\n")[:-1]]
+    assert len(tried) == 4
+    for begun in tried:
+        assert begun[-1] in ("trl", "transformers", "peft")
+        assert "accelerate_unsloth.engines.loaded" in begun
 
 
 def test_every_public_name_resolves():

@@ -9,6 +9,8 @@ import pytest
 
 from .launching import WORKERS, launch
 
+pytestmark = pytest.mark.launch
+
 # point: parameters that must exist, in this order among the others
 POINTS = {
     # overridden by the mixin

@@ -1,8 +1,6 @@
 """Two launchers as two machines on the loopback, two CPU processes each."""
 
 import json
-import socket
-import sys
 
 import pytest
 import torch
@@ -10,26 +8,15 @@ from safetensors.torch import load_file
 
 from accelerate_unsloth import checkpoints
 
-from .launching import WORKERS, finish, launch, launcher_command, result, start
+from .launching import WORKERS, launch, result
+from .machines import launch_two_machines
 
 pytestmark = pytest.mark.launch
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch_two_machines(arguments, caches, timeout_s=200):
-    """The same command on both, as the configuration file tells it, with a cache folder for each machine."""
-    port, machines = free_port(), []
-    for rank, cache in enumerate(caches):
-        command = [sys.executable, *launcher_command("unsloth_ddp_cpu", processes=4, port=port)]
-        command += ["--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
-        command += [str(WORKERS / "train.py"), *map(str, arguments)]
-        machines.append(start(command, {"HF_HOME": str(cache)}))
-    return [finish(machine, timeout_s) for machine in machines]
+def train_on_two_machines(arguments, caches):
+    """With a cache folder for each machine."""
+    return launch_two_machines(WORKERS / "train.py", arguments, [{"HF_HOME": str(cache)} for cache in caches])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +43,7 @@ def two_machines(tiny_model, uneven_data, tmp_path_factory):
             folder = tmp_path_factory.mktemp("two")
             caches = [folder / "cache" / ("shared" if share_a_disk else str(rank)) for rank in (0, 1)]
             options = {"args": {"gradient_accumulation_steps": 1}, "save": True}
-            machines = launch_two_machines([tiny_model, uneven_data, folder, json.dumps(options)], caches)
+            machines = train_on_two_machines([tiny_model, uneven_data, folder, json.dumps(options)], caches)
             assert [m.status for m in machines] == [0, 0], "".join(m.output[-2000:] for m in machines)
             runs[share_a_disk] = folder, caches
         return runs[share_a_disk]
@@ -96,12 +83,12 @@ def test_a_machine_that_is_lost_ends_the_other_and_both_go_on_when_they_are_star
     options = {"args": saving, "resume": "auto"}
     for what, rank, step in losses:
         lost = options | {"provoke": {"what": what, "rank": rank, "step": step}}
-        machines = launch_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(lost)], [tmp_path / "cache"] * 2)
+        machines = train_on_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(lost)], [tmp_path / "cache"] * 2)
         assert all(machine.status != 0 for machine in machines)
         newest, _ = checkpoints.newest_complete(tmp_path / "run")
         # Killed before step's checkpoint; or, without a launcher, stopped in order by the step after it.
         assert newest.name in [f"checkpoint-{saved}" for saved in (step - 1, step, step + 1)]
-    machines = launch_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(options)], [tmp_path / "cache"] * 2)
+    machines = train_on_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(options)], [tmp_path / "cache"] * 2)
     assert [m.status for m in machines] == [0, 0], "".join(m.output[-2000:] for m in machines)
 
     whole, _ = two_machines(False)

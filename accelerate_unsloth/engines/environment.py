@@ -1,4 +1,4 @@
-"""What Unsloth sets in the environment at its import, where it has to be set earlier."""
+"""What has to be in the environment before Unsloth is imported."""
 
 import os
 import platform
@@ -9,6 +9,29 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLO
 def allocator_is_configured() -> bool:
     """Whether the user's environment sets up PyTorch's allocator, which is then left alone."""
     return any(name in os.environ for name in _ALLOCATOR)
+
+
+def prepare(node: int) -> None:
+    """
+    Set what the user has not.
+
+    Args:
+        node (`int`): Index of this machine in the launch.
+    """
+    set_allocator_defaults()
+    if node > 0:
+        set_compile_location(node)
+
+
+def set_compile_location(node: int) -> None:
+    """
+    Give a machine a folder of its own for the code that Unsloth generates.
+
+    Unsloth writes it into the working directory (unsloth_zoo 2026.10.7, `compiler.py`): with a shared disk all machines
+    would write the same files, under file locks that some network file systems do not have, and machines with different
+    GPUs would replace each other's. Delete this when Unsloth tells machines apart.
+    """
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", f"unsloth_compiled_cache_node{node}")
 
 
 def set_allocator_defaults() -> None:

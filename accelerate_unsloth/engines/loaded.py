@@ -9,7 +9,7 @@ import torch
 from .. import distributed, failures, launch_hint
 from ..plugin import UnslothPlugin
 from ..quiet import quiet_other_ranks
-from ..topology import uses_cpu
+from ..topology import topology, uses_cpu
 from . import environment, resolve
 
 failures.install()
@@ -23,7 +23,7 @@ choice = resolve(_plugin.engine, 0 if _use_cpu else torch.cuda.device_count(), _
 quiet_other_ranks(_plugin)
 if not _use_cpu:
     if choice.name == "unsloth":
-        environment.set_allocator_defaults()
+        environment.prepare(topology().node)
     distributed.bind_device()
     launch_hint.show(torch.cuda.device_count())
 
