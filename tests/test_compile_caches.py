@@ -30,5 +30,5 @@ def test_each_machine_has_the_code_that_unsloth_generates(share_a_disk, tmp_path
     own = [folders[0] / "unsloth_compiled_cache", folders[1] / "unsloth_compiled_cache_node1"]
     assert [Path(rank["before"]["file"]).parent for rank in ranks] == own
     # With one, Unsloth lets rank 0 write for all, or each machine for itself if one does not see what rank 0 wrote.
-    folders = own[:1] * 2 if share_a_disk else [place / folder.name for place, folder in zip(temporary, own, strict=True)]
-    assert [Path(rank["after"]["file"]).parent for rank in ranks] == folders
+    apart = [temporary[0] / own[0].name, temporary[1] / own[1].name]
+    assert [Path(rank["after"]["file"]).parent for rank in ranks] == (own[:1] * 2 if share_a_disk else apart)

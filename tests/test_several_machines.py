@@ -83,12 +83,16 @@ def test_a_machine_that_is_lost_ends_the_other_and_both_go_on_when_they_are_star
     options = {"args": saving, "resume": "auto"}
     for what, rank, step in losses:
         lost = options | {"provoke": {"what": what, "rank": rank, "step": step}}
-        machines = train_on_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(lost)], [tmp_path / "cache"] * 2)
+        machines = train_on_two_machines(
+            [tiny_model, uneven_data, tmp_path, json.dumps(lost)], [tmp_path / "cache"] * 2
+        )
         assert all(machine.status != 0 for machine in machines)
         newest, _ = checkpoints.newest_complete(tmp_path / "run")
         # Killed before step's checkpoint; or, without a launcher, stopped in order by the step after it.
         assert newest.name in [f"checkpoint-{saved}" for saved in (step - 1, step, step + 1)]
-    machines = train_on_two_machines([tiny_model, uneven_data, tmp_path, json.dumps(options)], [tmp_path / "cache"] * 2)
+    machines = train_on_two_machines(
+        [tiny_model, uneven_data, tmp_path, json.dumps(options)], [tmp_path / "cache"] * 2
+    )
     assert [m.status for m in machines] == [0, 0], "".join(m.output[-2000:] for m in machines)
 
     whole, _ = two_machines(False)

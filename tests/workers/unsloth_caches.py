@@ -11,13 +11,13 @@ from accelerate_unsloth.topology import topology
 
 environment.prepare(topology().node)
 os.environ["UNSLOTH_ALLOW_CPU"] = "1"
-import unsloth  # noqa: F401
+import unsloth  # noqa: E402, F401
 
 del os.environ["UNSLOTH_ALLOW_CPU"]
 # isort: split
-import torch.distributed
-import trl
-from unsloth.models import rl
+import torch.distributed  # noqa: E402
+import trl  # noqa: E402
+from unsloth.models import rl  # noqa: E402
 
 
 def generated(trainer: str) -> dict:
