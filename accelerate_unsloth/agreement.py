@@ -13,15 +13,13 @@ from typing import Any
 from ._version import __version__
 from .channel import channel
 from .data.lengths import lengths_of
+from .masking import HIDDEN, is_secret_name, without_secrets
 from .topology import topology
 
 _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")
 
 # The text of other objects may hold an address in memory.
 _PLAIN = (str, int, float, bool, list, dict, type(None))
-
-# What an entry of a dictionary may be called whose value nobody else should read.
-_SECRET = ("token", "key", "secret", "password")
 
 # Of a data set, the lengths of all samples and the tokens of so many, spread evenly, are compared.
 _SAMPLES_COMPARED = 64
@@ -92,7 +90,7 @@ def _masked(value: Any) -> Any:
     """A copy of `value` without what its name calls a secret, however deep."""
     if isinstance(value, dict):
         return {
-            name: "<masked>" if str(name).lower().endswith(_SECRET) and isinstance(inner, str) else _masked(inner)
+            name: HIDDEN if isinstance(inner, str) and is_secret_name(str(name)) else _masked(inner)
             for name, inner in value.items()
         }
     return [_masked(inner) for inner in value] if isinstance(value, list) else value
@@ -100,7 +98,7 @@ def _masked(value: Any) -> Any:
 
 def differences(descriptions: list[dict[str, Any]]) -> list[str]:
     """
-    One line for each entry that is not the same on all ranks.
+    One line for each entry that is not the same on all ranks, without what looks like a secret.
 
     Args:
         descriptions (`list[dict]`): What [`describe`] gave on each rank, in rank order.
@@ -120,7 +118,7 @@ def differences(descriptions: list[dict[str, Any]]) -> list[str]:
             ranks.setdefault(str(description.get(name, "absent")), []).append(str(rank))
         if len(ranks) > 1:
             said = "; ".join(f"{value} on rank{'s' * (len(who) > 1)} {', '.join(who)}" for value, who in ranks.items())
-            lines.append(f"{name}: {said}")
+            lines.append(without_secrets(f"{name}: {said}"))
     return lines
 
 

@@ -37,3 +37,31 @@ def path(name: str) -> Path:
     if file.stem not in names():
         raise ValueError(f"There is no configuration {name!r}; choose one of {', '.join(names())}.")
     return file
+
+
+def launcher(name: str, num_processes: int, port: int = 0) -> list[str]:
+    """
+    `accelerate launch` with the file of one configuration, as options of Python.
+
+    Args:
+        name (`str`): Of the configuration.
+        num_processes (`int`): Processes on all machines.
+        port (`int`, *optional*, defaults to `0`): For the rendezvous of several processes; `0` takes a free one.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth import configs
+    >>> configs.launcher("unsloth_ddp", 2)[:2]
+    ['-m', 'accelerate.commands.launch']
+    ```
+    """
+    words = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(path(name)),
+        "--num_processes",
+        str(num_processes),
+    ]
+    return words if num_processes == 1 else [*words, "--main_process_port", str(port)]

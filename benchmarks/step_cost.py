@@ -45,11 +45,16 @@ class Meter(TrainerCallback):
 
 
 def lengths_of(kind: str, tokens: int, generator: random.Random) -> list[int]:
-    """Lengths that sum to `tokens`: `"lognormal"` around 400, or a fixed or roughly fixed number such as `"~2048"`."""
+    """
+    Lengths that sum to `tokens`: `"lognormal"` around 400, a fixed or roughly fixed number such as `"~2048"`, or some of a few
+    such as `"384,512"`.
+    """
     lengths = []
     while sum(lengths) < tokens:
         if kind == "lognormal":
             length = min(2048, max(8, int(generator.lognormvariate(5.7, 0.8))))
+        elif "," in kind:
+            length = int(generator.choice(kind.split(",")))
         elif kind.startswith("~"):
             length = int(int(kind[1:]) * generator.uniform(0.7, 1.0))
         else:
@@ -119,8 +124,10 @@ def cases(which: str, sizes: list[int]) -> list[tuple]:
         for kind, tokens in (
             ("512", 8192),
             ("~512", 8192),
+            ("256,384,512,896", 8192),
             ("2048", 8192),
             ("~2048", 8192),
+            ("1280,1536,1792,2048", 8192),
             ("8192", 8192),
             ("~8192", 8192),
         )

@@ -44,8 +44,7 @@ def launch(
     with options for the launcher or a command around it, and with variables that libraries read when they are imported.
     A script that imports the real Unsloth needs that too, because Unsloth comes before the libraries that it patches.
     """
-    # Port 0 lets the launcher find a free one, so that tests can run side by side.
-    options = [*launcher_command(config, processes, port=0), *launcher] if processes > 1 else []
+    options = [*configs.launcher(config, processes), *launcher] if processes > 1 else []
     words = [str(script), *map(str, arguments)]
     if real_launcher or launcher or inside or not warm_process().serves(clean_environment(environment)):
         return finish(start([*inside, sys.executable, *options, *words], environment), timeout_s)
@@ -65,11 +64,6 @@ def launch_forked(words: list[str], options: list[str], processes: int, environm
 def warm_process() -> WarmProcess:
     """The one of this test session."""
     return WarmProcess(clean_environment(), ROOT)
-
-
-def launcher_command(config: str, processes: int, port: int) -> list[str]:
-    words = ["-m", "accelerate.commands.launch", "--config_file", str(configs.path(config))]
-    return [*words, "--num_processes", str(processes), "--main_process_port", str(port)]
 
 
 def start(command: list[str], environment=None, folder: Path = ROOT) -> subprocess.Popen:

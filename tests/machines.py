@@ -4,7 +4,9 @@ import socket
 import sys
 from pathlib import Path
 
-from .launching import ROOT, Finished, finish, launcher_command, start
+from accelerate_unsloth import configs
+
+from .launching import ROOT, Finished, finish, start
 
 
 def free_port() -> int:
@@ -19,7 +21,7 @@ def launch_two_machines(
     """The same command on both, as the configuration file tells it; `processes` are those of both together."""
     port, machines = free_port(), []
     for rank, (environment, folder) in enumerate(zip(environments, folders, strict=True)):
-        command = [sys.executable, *launcher_command("unsloth_ddp_cpu", processes, port)]
+        command = [sys.executable, *configs.launcher("unsloth_ddp_cpu", processes, port)]
         command += ["--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
         command += [str(script), *map(str, arguments)]
         machines.append(start(command, environment, folder))

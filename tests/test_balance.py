@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accelerate_unsloth.data.balance import RowCost, cut, deal_balanced, deal_level, pack_padded
-from accelerate_unsloth.data.lengths import count_lengths, lengths_of, write_lengths
+from accelerate_unsloth.data.lengths import count_different, count_lengths, lengths_of, write_lengths
 
 ROWS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 COSTS = st.sampled_from([RowCost(), RowCost(attention_per_token=4e-5), RowCost(padded=True)])
@@ -155,6 +155,15 @@ def test_lengths_are_those_of_the_rows_also_after_a_selection(tmp_path):
     assert lengths_of(rows.remove_columns("input_ids")) is None
     assert lengths_of([{"input_ids": [1]}]) is None
     assert lengths_of(rows.to_iterable_dataset()) is None
+
+
+def test_different_lengths_are_those_of_documents_where_rows_are_packed():
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in (6, 6, 4)], "seq_lengths": [[1, 5], [3, 3], [4]]})
+    lengths = count_lengths(rows)
+    assert count_different(rows, lengths) == 4
+    assert count_different(rows.remove_columns("seq_lengths"), lengths) == 2
+    assert count_different(rows.select([1]), lengths[1:2]) == 1
+    assert count_different(rows, None) == 0
 
 
 def test_lengths_beside_a_data_set_are_read_from_there(tmp_path):

@@ -28,6 +28,8 @@ RUNS = {
         {"args": {"per_device_train_batch_size": 4}, "plugin": {"micro_batch_tokens": 250}},
     ),
     "two, overlapped": (2, 2, {"plugin": {"gradient_sync": "overlapped"}}),
+    "one, packed": (1, 4, {"args": {"packing": True, "max_length": 64}}),
+    "two, packed": (2, 2, {"args": {"packing": True, "max_length": 64}}),
     "one, forked": (1, 4, {"evaluate": True}),
     "two, forked": (2, 2, {"evaluate": True}),
     "two, no all-reduce": (2, 2, {"sabotage": "no all-reduce"}),
@@ -71,11 +73,22 @@ def difference(first, second, rank=0):
     return loss, float(weight)
 
 
-@pytest.mark.parametrize("other", [name for name in RUNS if name != "one" and "sabotage" not in RUNS[name][2]])
+OTHERS = [name for name in RUNS if name != "one" and "packed" not in name and "sabotage" not in RUNS[name][2]]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_several_processes_give_the_losses_and_weights_of_one(run, other):
     loss, weight = difference(run("one"), run(other))
     assert loss < 1e-5
     assert weight < 1e-5
+
+
+def test_rows_packed_from_several_documents_are_trained_the_same(run):
+    one, two = run("one, packed"), run("two, packed")
+    loss, weight = difference(one, two)
+    assert loss < 1e-5
+    assert weight < 1e-5
+    assert len(result(two)["losses"]) < len(result(run("two"))["losses"])
 
 
 @pytest.mark.parametrize("name", ["one", "two"])

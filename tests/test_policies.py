@@ -58,7 +58,18 @@ def test_cudnn_is_kept_away_from_many_lengths(requested, segments, cudnn, length
     ],
 )
 def test_one_call_for_all_rows_is_best_where_it_can_be_had(segments, cudnn, lengths, backend):
-    assert attention.resolve("auto", segments, "xformers", cudnn, lengths, has_varlen=True).backend == backend
+    choice = attention.resolve("auto", segments, "xformers", cudnn, lengths, has_varlen=True)
+    assert (choice.backend, choice.keeps_cudnn) == (backend, False)
+
+
+def test_rows_of_a_few_lengths_may_have_both():
+    import torch
+
+    choice = attention.resolve("auto", True, "", True, 4, has_varlen=True)
+    assert (choice.backend, choice.keeps_cudnn) == ("varlen", True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with attention.applied(choice):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before is True
 
 
 def test_a_kernel_that_is_not_there_is_refused_with_the_reason():

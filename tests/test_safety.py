@@ -51,6 +51,13 @@ def test_no_secret_is_in_what_ranks_compare(trainer):
     assert "'revision': 'main'" in described
 
 
+def test_no_secret_is_in_what_is_said_of_a_difference(monkeypatch):
+    monkeypatch.setenv("STORAGE_TOKEN", "of-the-first-rank")
+    values = ("s3://rows?of-the-first-rank", "https://me:of-the-other@host/rows")
+    said = agreement.differences([{"argument data": value} for value in values])
+    assert said == ["argument data: s3://rows?HIDDEN on rank 0; https://HIDDEN@host/rows on rank 1"]
+
+
 def change_weight(trainer, **how):
     name, weight = next(iter(trainer.model.named_parameters()))
     trainer.model.register_parameter(name.replace(".", "_"), torch.nn.Parameter(weight.detach().to(**how)))

@@ -90,7 +90,7 @@ def test_what_does_not_end_is_ended_with_all_it_started(tmp_path):
     )
     # It waits for whoever still holds the output, so that a survivor would be heard.
     with pytest.raises(processes.ProcessFailed, match="no end after 3 s") as failure:
-        processes.run_modules(["endless"], tmp_path, timeout_s=3)
+        processes.run_python(["-m", "endless"], tmp_path, timeout_s=3)
     assert "survived" not in str(failure.value)
 
 

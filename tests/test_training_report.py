@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from accelerate_unsloth.masking import HIDDEN, command_without_secrets, is_secret_name, without_secrets
 from accelerate_unsloth.readings import History, Interval, RankReading, summary
 from accelerate_unsloth.training_report import FILE_NAME, Record, charts, figures, page, write
 from accelerate_unsloth.training_report.record import Spent
-from accelerate_unsloth.training_report.secrets import HIDDEN, command_without_secrets, is_secret_name, without_secrets
 
 from .launching import WORKERS, launch, result
 

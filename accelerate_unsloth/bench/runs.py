@@ -92,9 +92,7 @@ def measure(run: Run, work: Workload, out: Path, timeout_s: int = 3600) -> dict:
     ]
     command = [sys.executable]
     if run.processes > 1:
-        config = configs.path("unsloth_ddp_cpu" if work.cpu else "unsloth_ddp")
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command += ["--num_processes", str(run.processes), "--main_process_port", "0"]
+        command += configs.launcher("unsloth_ddp_cpu" if work.cpu else "unsloth_ddp", run.processes)
     environment = os.environ | run.environment
     # Every run starts cold, with a cache of its own for compiled code and tokenised data.
     environment |= {"UNSLOTH_COMPILE_LOCATION": str(out / "compiled"), "HF_DATASETS_CACHE": str(out / "datasets")}

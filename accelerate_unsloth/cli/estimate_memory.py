@@ -40,10 +40,8 @@ def estimate_memory(
 
 
 def _row(case, found, gpu_gib: float, tokens: int) -> dict:
-    bits, checkpointing = case
     return {
-        "bits": bits,
-        "checkpointing": checkpointing,
+        "bits": case[0],
         **asdict(found),
         "resting_gib": found.resting_gib,
         "tokens": tokens,

@@ -12,6 +12,9 @@ import pyarrow.compute as pc
 
 _COLUMN = "input_ids"
 
+# Where rows are packed from several documents, TRL keeps the lengths of these in a column (trl 1.15.0, data_utils.py).
+_DOCUMENTS = "seq_lengths"
+
 
 def count_lengths(dataset: datasets.Dataset) -> np.ndarray | None:
     """
@@ -37,6 +40,36 @@ def count_lengths(dataset: datasets.Dataset) -> np.ndarray | None:
     tables = dataset.select_columns([_COLUMN]).with_format("arrow").iter(batch_size=10_000)
     counts = [pc.list_value_length(table[_COLUMN]).to_numpy() for table in tables]
     return np.concatenate(counts).astype(np.int32) if counts else np.zeros(0, dtype=np.int32)
+
+
+def count_different(dataset, lengths: np.ndarray | None) -> int:
+    """
+    Number of different lengths that attention runs on: those of documents, where rows are packed from several.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The data set that `lengths` are of.
+        lengths (`np.ndarray`, *optional*): Tokens of each of its rows.
+
+    Returns:
+        `int`: 0 if they are not known.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from datasets import Dataset
+    >>> from accelerate_unsloth.data.lengths import count_different
+    >>> packed = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]], "seq_lengths": [[1, 2], [3]]})
+    >>> count_different(packed, np.array([3, 3]))
+    3
+    ```
+    """
+    if lengths is None:
+        return 0
+    if _DOCUMENTS not in getattr(dataset, "column_names", ()):
+        return len(np.unique(lengths))
+    tables = dataset.select_columns([_DOCUMENTS]).with_format("arrow").iter(batch_size=10_000)
+    return len(set().union(*(pc.unique(pc.list_flatten(table[_DOCUMENTS])).to_pylist() for table in tables)))
 
 
 def write_lengths(dataset: datasets.Dataset, folder: Path) -> None:

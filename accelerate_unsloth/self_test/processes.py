@@ -20,18 +20,15 @@ class ProcessFailed(RuntimeError):
 
 def launch_command(num_processes: int, on_gpu: bool) -> list[str]:
     """
-    The options of `accelerate launch` for a run of one or several processes.
+    `accelerate launch` of a module in one or several processes, as options of Python.
 
     Args:
         num_processes (`int`): How many.
         on_gpu (`bool`): One GPU each, or all on the CPU.
     """
     several = "unsloth_ddp" if on_gpu else "unsloth_ddp_cpu"
-    config = configs.path(several if num_processes > 1 else "unsloth_single_gpu")
-    words = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(num_processes)]
-    if num_processes > 1:
-        words += ["--main_process_port", "0"]  # a free one
-    elif not on_gpu:
+    words = configs.launcher(several if num_processes > 1 else "unsloth_single_gpu", num_processes)
+    if num_processes == 1 and not on_gpu:
         words += ["--cpu"]
     return [*words, "-m"]
 
@@ -57,15 +54,15 @@ def clean_environment(folder: Path, environment: Mapping[str, str]) -> dict[str,
     }
 
 
-def run_modules(words: list[str], folder: Path, timeout_s: float) -> None:
+def run_python(words: list[str], folder: Path, timeout_s: float) -> None:
     """
-    Run `python -m` with `words` inside `folder`.
+    Run Python with `words` inside `folder`.
 
     Raises:
         ProcessFailed: if it ends with another status than 0, or not within `timeout_s` seconds.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", *words],
+        [sys.executable, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

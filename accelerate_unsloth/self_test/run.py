@@ -8,7 +8,7 @@ from pathlib import Path
 from ..devices import DeviceManager
 from . import check
 from .check import FAILED, OK, SKIPPED, Check
-from .processes import ProcessFailed, launch_command, run_modules
+from .processes import ProcessFailed, launch_command, run_python
 
 _CPU_PROCESSES = 2
 _MICRO_STEPS = 2  # of each process in the launch of several
@@ -69,7 +69,7 @@ def _checks(num_processes: int, on_gpu: bool, precision: str, notes, timeout_s: 
     with tempfile.TemporaryDirectory(prefix="accelerate_unsloth_") as name:
         folder = Path(name)
         try:
-            run_modules(["accelerate_unsloth.self_test.tiny", name], folder, timeout_s)
+            run_python(["-m", "accelerate_unsloth.self_test.tiny", name], folder, timeout_s)
             yield Check("a tiny model and its data are made", OK, "no downloads")
             launch = _Launch(folder, on_gpu, precision, num_processes, timeout_s)
             yield from _compare(launch, num_processes)
@@ -105,12 +105,12 @@ class _Launch:
         name, accumulation = f"processes{processes}", self._effective_batch // processes
         (self.folder / name).mkdir()
         worker = ["accelerate_unsloth.self_test.worker", str(self.folder), name, str(accumulation), self.precision]
-        run_modules([*launch_command(processes, self.on_gpu), *worker], self.folder, self.timeout_s)
+        run_python([*launch_command(processes, self.on_gpu), *worker], self.folder, self.timeout_s)
         return [json.loads((self.folder / name / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
     def reload(self, processes: int) -> dict:
         """What the adapter of that training computes under plain PEFT."""
         name = f"processes{processes}"
-        words = ["accelerate_unsloth.self_test.reload", str(self.folder), name]
-        run_modules(words, self.folder, self.timeout_s)
+        words = ["-m", "accelerate_unsloth.self_test.reload", str(self.folder), name]
+        run_python(words, self.folder, self.timeout_s)
         return json.loads((self.folder / name / "reloaded.json").read_text())

@@ -31,6 +31,7 @@ from .checkpointing import CheckpointMixin
 from .guards import GuardMixin
 from .out_of_memory import OutOfMemoryMixin
 from .planning import PlanningMixin
+from .probing import ProbeMixin
 from .reporting import ReportMixin
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -45,7 +46,7 @@ class MicroBatch:
     samples: list[int]  # indices into the training data; empty where we did not deal them, or do not need them
 
 
-class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMemoryMixin, PlanningMixin):
+class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMemoryMixin, PlanningMixin, ProbeMixin):
     """
     Mixin for trainers of the kind of TRL's SFTTrainer: a loss over labelled tokens. Put it first among the bases.
 

@@ -2,30 +2,24 @@
 Which samples run where and in what pieces: the policies of data and memory, resolved when training begins.
 
 The samples of a step follow from the user's arguments alone. Attention kernel, gradient checkpointing and micro-batches
-follow from lengths and memory, and are confirmed by a probe: a forward and backward of a little more than the largest
-planned micro-batch, which leaves no trace.
+follow from lengths and memory.
 """
 
 import contextlib
-import gc
 
 from ..engines import kernels
 from ..engines.loaded import choice
 
 # isort: split
-import numpy as np
-import torch
 from torch.utils.data import IterableDataset
 
 from .. import memory
 from ..channel import channel
 from ..data.balance import RowCost
-from ..data.lengths import lengths_of
+from ..data.lengths import count_different, lengths_of
 from ..data.loader import PlannedDataLoader
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
 from ..policies import attention, checkpointing, micro_batch
-
-_PROBED_STEPS = 1000
 
 # Tensor cores read 16 bytes at a time. A row without padding whose tokens are no multiple of 8 sends every product that
 # sums over tokens to a slow kernel (6% of a step on an H200, `benchmarks/profile_step.py`).
@@ -114,13 +108,12 @@ class PlanningMixin:
     def _resolve_attention(self) -> None:
         """Choose the attention kernel, for the time of the training."""
         runs_segments, other = kernels.sdpa_runs_segments(choice.name)
-        lengths = 0 if self._train_lengths is None else len(np.unique(self._train_lengths))
         self.attention = attention.resolve(
             self.plugin.attention,
             runs_segments,
             other,
             kernels.prefers_cudnn(),
-            lengths,
+            count_different(self.train_dataset, self._train_lengths),
             runs_segments and kernels.spare_varlen() is not None,
         )
         self._undo_after_training.enter_context(attention.applied(self.attention))
@@ -129,7 +122,7 @@ class PlanningMixin:
         """Choose gradient checkpointing and micro-batches, the same on all ranks, and try them."""
         lengths, sampler = self._train_lengths, self._planned_sampler()
         longest = 0 if lengths is None or not len(lengths) else int(lengths.max())
-        without, with_ = (self._tokens_that_fit(recompute) for recompute in (False, True))
+        without, with_ = self._tokens_that_fit()
         rank_tokens = 0 if sampler is None or lengths is None else float(lengths.mean()) * sampler.effective_batch
         rank_tokens /= self.accelerator.num_processes
         asked = getattr(self.model, "_accelerate_unsloth_checkpointing_asked", True)
@@ -162,130 +155,23 @@ class PlanningMixin:
         before = kernels.set_recomputation(self.model, "unsloth" if self.checkpointing.mode == "unsloth" else False)
         self._undo_after_training.callback(kernels.set_recomputation, self.model, before)
 
-    def _tokens_that_fit(self, recompute: bool) -> int:
-        """By arithmetic, on the rank with the least memory; 0 where memory is not planned."""
+    def _tokens_that_fit(self) -> tuple[int, int]:
+        """
+        By arithmetic, on the rank with the least memory, if activations are kept and if they are recomputed; 0 where memory
+        is not planned.
+        """
         shape = memory.ModelShape.from_config(self.model.config)
         if shape is None or not kernels.plans_memory(choice.name):
-            return 0
+            return 0, 0
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        fitting = memory.tokens_that_fit(
-            shape,
-            memory.read(self.args.device, self.plugin.memory_fraction).left_bytes,
-            sum(p.numel() for p in trainable),
-            max((p.element_size() for p in trainable), default=4),
-            memory.optimizer_bytes(self.args.optim),
-            recompute,
+        left_bytes = memory.read(self.args.device, self.plugin.memory_fraction).left_bytes
+        parameters, width = sum(p.numel() for p in trainable), max((p.element_size() for p in trainable), default=4)
+        state_bytes = memory.optimizer_bytes(self.args.optim)
+        fitting = [
+            memory.tokens_that_fit(shape, left_bytes, parameters, width, state_bytes, recompute)
+            for recompute in (False, True)
+        ]
+        kept, recomputed = (
+            max(1, min(ranks)) for ranks in zip(*channel().gather("tokens that fit", fitting), strict=True)
         )
-        return max(1, min(channel().gather("tokens that fit", fitting)))
-
-    # ---- The probe ----
-
-    def _probe_until_it_fits(self, sampler: EffectiveBatchSampler, longest: int) -> None:
-        """
-        Try more than the largest planned micro-batch, and plan smaller ones until that fits on every rank.
-
-        Raises:
-            torch.OutOfMemoryError: if not even the longest sample fits, on any rank.
-        """
-        while True:
-            sampler.token_budget = self.micro_batch.token_budget
-            samples = _worst_case(sampler)
-            tokens = sampler.cost.tokens(self._train_lengths[samples].tolist())
-            fitted = channel().gather("probe", self._probe_fits(samples))
-            if all(fitted):
-                self.micro_batch = micro_batch.confirmed(self.micro_batch, tokens, longest)
-                return
-            failed = [rank for rank, fits in enumerate(fitted) if not fits]
-            if len(samples) == 1 or tokens <= longest:
-                if self._recompute_instead(longest):
-                    continue
-                if self.plugin.on_oversized == "skip":
-                    return
-                raise torch.OutOfMemoryError(self._too_long(samples, tokens, failed))
-            why = f"{tokens:,} did not fit on rank {', '.join(map(str, failed))}"
-            self.micro_batch = micro_batch.lowered(self.micro_batch, tokens, longest, why)
-
-    def _recompute_instead(self, longest: int) -> bool:
-        """Take back the choice to keep activations, where it was ours and does not work out."""
-        if self.checkpointing.mode != "none" or self.plugin.gradient_checkpointing == "none":
-            return False
-        self.checkpointing = checkpointing.CheckpointingChoice(
-            "unsloth", f"the longest sample, of {longest} tokens, did not fit without it"
-        )
-        self._apply_checkpointing()
-        return True
-
-    def _probe_fits(self, samples: list[int]) -> bool:
-        """A forward and backward beside a stand-in for the optimizer's state; weights, gradients and dice stay."""
-        batch = self._collate(samples)
-        _, num_items = super().get_batch_samples(iter([batch]), 1, self.args.device)
-        device, trainable = self.args.device, [p for p in self.model.parameters() if p.requires_grad]
-        self.current_gradient_accumulation_steps = 1
-        self._step_items = torch.as_tensor(self._count_items(batch), device=device, dtype=torch.float64)
-        state_bytes = memory.optimizer_bytes(self.args.optim) * sum(p.numel() for p in trainable)
-        if self.optimizer is not None and any(self.optimizer.state.values()):
-            state_bytes = 0  # a resumed run has it already
-        fits, stand_in = True, None
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            try:
-                stand_in = torch.empty(state_bytes, dtype=torch.uint8, device=device)
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                self._learn_at_once(self.model_wrapped, batch, num_items, int(self._step_items))
-            except torch.OutOfMemoryError:
-                fits = False
-        del stand_in
-        for parameter in trainable:
-            parameter.grad = None
-        if device.type != "cuda":
-            return fits
-        peak = torch.cuda.max_memory_allocated(device)
-        gc.collect()
-        torch.cuda.empty_cache()
-        return fits and peak <= memory.read(device, self.plugin.memory_fraction).limit_bytes
-
-    def _too_long(self, samples: list[int], tokens: int, ranks: list[int]) -> str:
-        shape = memory.ModelShape.from_config(self.model.config)
-        reading = memory.read(self.args.device, self.plugin.memory_fraction)
-        arithmetic = ""
-        if shape is not None:
-            need = shape.activation_bytes(tokens, kernels.recomputes(self.model)) + shape.workspace_bytes
-            arithmetic = (
-                f" (about {need / memory.GIB:.2f} GiB of activations; {reading.left_bytes / memory.GIB:.2f} GiB left)"
-            )
-        return (
-            f"Sample {samples[0]}, of {tokens} tokens, does not fit the memory of rank {', '.join(map(str, ranks))}"
-            f"{arithmetic}. Use gradient checkpointing, a smaller max_length or 4-bit weights, or set on_oversized='skip' "
-            "to leave such samples out."
-        )
-
-    def _lower_budget(self, tokens_that_failed: int) -> None:
-        """After a rank ran out of memory in a step: plan smaller, on all ranks alike."""
-        failed = [tokens for tokens in channel().gather("out of memory", tokens_that_failed) if tokens]
-        sampler = self._planned_sampler()
-        if sampler is None or sampler.token_budget is None or not failed:
-            return
-        longest = int(self._train_lengths.max())
-        why = f"{min(failed):,} ran out of memory at step {self.state.global_step + 1}"
-        self.micro_batch = micro_batch.lowered(self.micro_batch, min(failed), longest, why)
-        sampler.token_budget = self.micro_batch.token_budget
-        if self.is_world_process_zero():
-            print(f"micro-batches are planned smaller from here on: {self.micro_batch.reason}")
-
-
-def _worst_case(sampler: EffectiveBatchSampler) -> list[int]:
-    """
-    The micro-batch with the most tokens, over all ranks and (at most 1,000) steps of the epoch, and some samples more
-    within the budget.
-    """
-
-    def tokens(batch):
-        return sampler.cost.tokens(sampler.lengths[batch].tolist())
-
-    steps = range(0, sampler.num_steps, max(1, sampler.num_steps // _PROBED_STEPS))
-    worst = max((batch for step in steps for batches in sampler.plan(step) for batch in batches), key=tokens)
-    most = min(sampler.token_budget, int(micro_batch.PROBE_MARGIN * tokens(worst)))
-    for sample in range(min(sampler.num_samples, _PROBED_STEPS)):
-        if sample not in worst and tokens([*worst, sample]) <= most:
-            worst = [*worst, sample]
-    return worst
+        return kept, recomputed

@@ -4,9 +4,9 @@ import html
 import shlex
 from collections.abc import Iterable, Sequence
 
+from ..masking import command_without_secrets, without_secrets
 from . import charts, figures
 from .record import Record
-from .secrets import command_without_secrets, without_secrets
 from .style import CSS
 
 _ROWS = 500  # of the table of all logged values

@@ -1,5 +1,5 @@
 """
-Secrets out of text: a report is passed on, and command lines hold tokens.
+Secrets out of text: reports and error messages are passed on, and command lines hold tokens.
 
 What may be a secret is hidden by its name (`--hub_token x`, `{"api_key": "x"}`), by its form (`hf_...`), and by its value
 if an environment variable with such a name holds it. Hiding too much costs a word, hiding too little an account.
@@ -34,7 +34,7 @@ _PAIR = re.compile(
     r"""(?P<value>"[^"]*"|'[^']*'|((bearer|basic|token)\s+)?[^\s"',;&}]+)""",
     re.IGNORECASE,
 )
-# Named like secrets, and folders all the same, which a report is full of.
+# Named like secrets, and folders all the same, which texts are full of.
 _FOLDERS = {"PWD", "OLDPWD"}
 # Shorter values ("1", "true") are no secrets, and would be cut out of unrelated words.
 _SHORTEST = 8
@@ -47,7 +47,7 @@ def is_secret_name(name: str) -> bool:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.training_report.secrets import is_secret_name
+    >>> from accelerate_unsloth.masking import is_secret_name
     >>> [is_secret_name(name) for name in ("--hub_token", "WANDB_API_KEY", "--pad_token", "--micro_batch_tokens")]
     [True, True, False, False]
     ```
@@ -84,7 +84,7 @@ def command_without_secrets(words: Sequence[str], environment: Mapping[str, str]
     Example:
 
     ```python
-    >>> from accelerate_unsloth.training_report.secrets import command_without_secrets
+    >>> from accelerate_unsloth.masking import command_without_secrets
     >>> command_without_secrets(["train.py", "--hub_token", "abc", "--lr=1e-4", "--api-key=xyz"])
     ['train.py', '--hub_token', 'HIDDEN', '--lr=1e-4', '--api-key=HIDDEN']
     ```
