@@ -19,6 +19,7 @@ ROOMS = [
     "visibility",
     "devices",
     "configs",
+    "masking",
     "launch_file",
     "plugin",
     "topology",
