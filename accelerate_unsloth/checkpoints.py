@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+FACTS = "accelerate_unsloth.json"
 STAGING = ".incomplete"
 
 _CHUNK_BYTES = 2**24
@@ -52,6 +53,22 @@ def publish(written: Path, place: Path) -> None:
     else:
         written.rename(place)
     _flush(place.parent)
+
+
+def may_replace(place: Path) -> bool:
+    """Whether nothing is lost if a checkpoint takes this place: it is free, empty, or a checkpoint."""
+    return not place.exists() or (place / MANIFEST).is_file() or (place.is_dir() and not any(place.iterdir()))
+
+
+def write_facts(checkpoint: Path, facts: dict) -> None:
+    """What a run has to have in common with the one that goes on from here, beside what the Trainer writes down."""
+    (checkpoint / FACTS).write_text(json.dumps(facts))
+
+
+def read_facts(checkpoint: Path) -> dict:
+    """Nothing if they were not written by this library."""
+    file = checkpoint / FACTS
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def damage(checkpoint: Path) -> str | None:

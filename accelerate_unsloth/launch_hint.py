@@ -36,7 +36,7 @@ def needed(num_processes: int, visible_gpus: int) -> str:
     config = "unsloth_ddp" if visible_gpus else "unsloth_ddp_cpu"
     return (
         f"accelerate_unsloth: num_gpus={num_processes} takes {num_processes} processes, and this script was started as "
-        f"1. Start it with{where}:\n  {command(num_processes, config)}"
+        f"1. Start it{where} with:\n  {command(num_processes, config)}"
     )
 
 

@@ -84,7 +84,7 @@ class ModelShape:
                 active = text.num_experts_per_tok
                 intermediate = active * (getattr(text, "moe_intermediate_size", None) or intermediate)
                 copies = experts / active
-            return cls(
+            shape = cls(
                 hidden=hidden,
                 intermediate=intermediate,
                 layers=layers,
@@ -95,8 +95,12 @@ class ModelShape:
                 tied=bool(getattr(text, "tie_word_embeddings", False)),
                 expert_copies=copies,
             )
-        except AttributeError:
+        except (
+            Exception
+        ):  # a config whose layers differ (Gemma 4) raises errors of its own when it is asked for one size
             return None
+        sizes = (shape.hidden, shape.intermediate, shape.layers, shape.heads, shape.kv_heads, shape.head_dim)
+        return shape if all(isinstance(size, int) for size in sizes) else None  # Gemma 3n has a list of them
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

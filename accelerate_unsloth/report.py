@@ -29,6 +29,7 @@ def rows(trainer, engine) -> list[tuple[str, str, str]]:
         ("gradient sync", trainer.gradient_sync.mode, trainer.gradient_sync.reason),
         ("loss", "mean over all tokens", _loss_reason(trainer)),
         ("samples", *_sampling(trainer)),
+        *_evaluation(trainer),
         ("micro-batches", trainer.micro_batch.mode, trainer.micro_batch.reason),
         ("checkpointing", trainer.checkpointing.mode, trainer.checkpointing.reason),
         ("attention", trainer.attention.backend, trainer.attention.reason),
@@ -49,6 +50,18 @@ def _sampling(trainer) -> tuple[str, str]:
     if trainer.plans_samples(trainer.train_dataset):
         return "planned", "each sample once an epoch, the same in each step on any number of processes"
     return "streamed", "the data set has no length, so accelerate splits the stream; steps depend on the processes"
+
+
+def _evaluation(trainer) -> list[tuple[str, str, str]]:
+    """What of the evaluation depends on the number of processes, which the choice of the best checkpoint may hang on."""
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    if trainer.accelerator.num_processes == 1 or all(rows is None for rows in sets.values()):
+        return []
+    if trainer.compute_metrics is not None:
+        return [("evaluation", "stock loop", "for compute_metrics; eval_loss is a mean of batch means")]
+    if not all(trainer.plans_samples(rows) for rows in sets.values()):
+        return [("evaluation", "streamed", "without a length; eval_loss is a mean of batch means")]
+    return []
 
 
 def show(trainer, engine) -> None:

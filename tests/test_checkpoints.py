@@ -124,3 +124,13 @@ def test_publishing_a_step_again_replaces_it(run_folder):
     checkpoints.publish(written, run_folder / "checkpoint-10")
     assert checkpoints.damage(run_folder / "checkpoint-10") is None
     assert (run_folder / "checkpoint-10" / "model.safetensors").read_bytes() == b"other"
+
+
+def test_only_a_free_or_empty_place_or_a_checkpoint_is_replaced(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").touch()
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / checkpoints.MANIFEST).touch()
+    allowed = {name: checkpoints.may_replace(tmp_path / name) for name in ("free", "empty", "thesis", "checkpoint")}
+    assert allowed == {"free": True, "empty": True, "thesis": False, "checkpoint": True}

@@ -28,6 +28,7 @@ RUNS = {
         {"args": {"per_device_train_batch_size": 4}, "plugin": {"micro_batch_tokens": 250}},
     ),
     "two, overlapped": (2, 2, {"plugin": {"gradient_sync": "overlapped"}}),
+    "two, overlapped, evaluated before": (2, 2, {"evaluate": True, "plugin": {"gradient_sync": "overlapped"}}),
     "one, packed": (1, 4, {"args": {"packing": True, "max_length": 64}}),
     "two, packed": (2, 2, {"args": {"packing": True, "max_length": 64}}),
     "one, forked": (1, 4, {"evaluate": True}),
@@ -112,6 +113,13 @@ def test_samples_are_dealt_by_tokens_unless_told_otherwise(run):
     assert result(run("two"))["samples_dealt"] == "balanced"
     assert result(run("two, dealt by number"))["samples_dealt"] == "planned"
     assert result(run("two, more micro-batches than asked"))["micro_batch_tokens"] <= 130
+
+
+def test_data_of_which_drop_last_leaves_nothing_is_refused_with_words(tiny_model, uneven_data, tmp_path):
+    options = {"args": {"per_device_train_batch_size": 64, "dataloader_drop_last": True}}
+    finished = launch(WORKERS / "train.py", [tiny_model, uneven_data, tmp_path, json.dumps(options)], processes=1)
+    assert finished.status != 0
+    assert "leaves nothing of 22 samples, because an effective batch has 64" in finished.output
 
 
 def test_all_ranks_end_with_the_same_weights(run):

@@ -84,6 +84,17 @@ def test_a_run_resumed_on_as_many_processes_is_the_uninterrupted_one_bit_for_bit
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_another_effective_batch_is_refused_with_the_accumulation_that_keeps_it(
+    whole, tiny_model, uneven_data, tmp_path
+):
+    options = {"args": {"gradient_accumulation_steps": 2}, "resume": str(whole / "run" / "checkpoint-4")}
+    arguments = [tiny_model, uneven_data, tmp_path, json.dumps(options)]
+    finished = launch(WORKERS / "train.py", arguments, processes=1)
+    assert finished.status != 0
+    assert "effective batch of 4 samples, and this launch has 2" in finished.output
+    assert "gradient_accumulation_steps=4" in finished.output
+
+
 def test_all_that_is_written_has_the_permissions_of_the_umask(whole):
     umask = os.umask(0)
     os.umask(umask)  # this looks at it

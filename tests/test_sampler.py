@@ -252,3 +252,9 @@ def check_evaluation(num_samples, world_size, batch_size, lengths):
         assert [batch[0] >= 0 for batch in stream] == [True] * real + [False] * (len(stream) - real)
     seen = [index for stream in streams for batch in stream for index in batch if index >= 0]
     assert sorted(seen) == list(range(num_samples))
+
+
+def test_rebalancing_has_the_random_order_and_grouping_needs_lengths():
+    assert epoch_order(20, 1, 0, "batch_rebalance") == epoch_order(20, 1, 0)
+    with pytest.raises(ValueError, match="takes the lengths of the samples"):
+        epoch_order(20, 1, 0, "group_by_length")

@@ -198,6 +198,7 @@ def test_a_micro_batch_that_does_not_fit_is_cut_with_the_same_result(
 ):
     options = {"args": dict(LARGE), "provoke": {"what": "out_of_memory", "step": 1, "rank": processes - 1}}
     options["args"]["gradient_accumulation_steps"] = 4 // processes
+    options["args"]["auto_find_batch_size"] = True  # which would begin anew, on one rank of two
     finished = start(tmp_path, tiny_model, uneven_data, processes, **options)
     assert finished.status == 0, finished.output[-3000:]
     assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)

@@ -35,12 +35,13 @@ def epoch_order(
         seed (`int`): Seed of the run.
         epoch (`int`): Index of the epoch.
         strategy (`str`, *optional*, defaults to `"random"`):
-            The Trainer's `train_sampling_strategy`: `"random"`, `"sequential"` or `"group_by_length"`.
+            The Trainer's `train_sampling_strategy`: `"random"`, `"sequential"`, `"group_by_length"`, or `"batch_rebalance"`,
+            whose order is the random one.
         lengths (`Sequence[int]`, *optional*): Tokens of each sample, for `"group_by_length"`.
         effective_batch (`int`, *optional*, defaults to `1`): Size of the groups of `"group_by_length"`.
 
     Raises:
-        ValueError: for another strategy.
+        ValueError: for another strategy, or `"group_by_length"` without lengths.
 
     Example:
 
@@ -54,12 +55,18 @@ def epoch_order(
         return list(range(num_samples))
     # `seed + epoch` is how accelerate's SeedableRandomSampler seeds an epoch (accelerate 1.15, data_loader.py).
     generator = torch.Generator().manual_seed(seed + epoch)
-    if strategy == "random":
+    if strategy in ("random", "batch_rebalance"):  # to balance ranks is what is done with any order
         return torch.randperm(num_samples, generator=generator).tolist()
     if strategy == "group_by_length":
+        if lengths is None:
+            raise ValueError(
+                "train_sampling_strategy='group_by_length' takes the lengths of the samples, which are not known without an "
+                "input_ids column. Use 'random'."
+            )
         return get_length_grouped_indices(list(lengths), effective_batch, generator=generator)
     raise ValueError(
-        f"train_sampling_strategy={strategy!r} is not known; use 'random', 'sequential' or 'group_by_length'."
+        f"train_sampling_strategy={strategy!r} is not known; use 'random', 'sequential', 'group_by_length' or "
+        "'batch_rebalance'."
     )
 
 

@@ -22,7 +22,13 @@ class MicroBatchChoice:
 
 
 def resolve(
-    requested: str, lengths_known: bool, in_step: bool, most_tokens: int | None, fits: int | None, longest: int
+    requested: str,
+    lengths_known: bool,
+    in_step: bool,
+    most_tokens: int | None,
+    fits: int | None,
+    longest: int,
+    noisy: bool = False,
 ) -> MicroBatchChoice:
     """
     Choose the cut.
@@ -34,6 +40,7 @@ def resolve(
         most_tokens (`int`, *optional*): Largest micro-batch that the user allows, in tokens.
         fits (`int`, *optional*): Largest one that fits the smallest memory of all ranks; `None` if not known.
         longest (`int`): Tokens of the longest sample.
+        noisy (`bool`, *optional*, defaults to `False`): Whether NEFTune adds noise, which is weaker in longer micro-batches.
 
     Raises:
         ValueError: if the longest sample is above what the user allows.
@@ -52,6 +59,8 @@ def resolve(
         return MicroBatchChoice("fixed", None, "the lengths of the samples are not known")
     if in_step:
         return MicroBatchChoice("fixed", None, "overlapped ranks meet in every micro-step")
+    if noisy:
+        return MicroBatchChoice("fixed", None, "the strength of NEFTune's noise depends on the micro-batch")
     if most_tokens is not None and longest > most_tokens:
         raise ValueError(
             f"micro_batch_tokens={most_tokens}, but the longest sample has {longest} tokens. Give at least that many, or "

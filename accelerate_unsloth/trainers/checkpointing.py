@@ -36,6 +36,8 @@ class CheckpointMixin:
                     "to start from the beginning in that case."
                 )
             resume_from_checkpoint = found
+        if resume_from_checkpoint is not None:
+            self._check_effective_batch(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_checkpoint(self) -> str | None:
@@ -60,6 +62,33 @@ class CheckpointMixin:
                 "that all of them share to resume; put it on a shared disk, or copy the checkpoint to each machine."
             )
         return found
+
+    @property
+    def _effective_batch(self) -> int:
+        samples = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return samples * self.accelerator.num_processes
+
+    def _check_effective_batch(self, checkpoint: Path) -> None:
+        """
+        The place in the epoch is counted in steps, which have to be of as many samples as before.
+
+        Raises:
+            ValueError: if they are not, and `ignore_data_skip` does not say that it does not matter.
+        """
+        saved = checkpoints.read_facts(checkpoint).get("effective_batch", self._effective_batch)
+        if saved == self._effective_batch or self.args.ignore_data_skip:
+            return
+        accumulation, rest = divmod(saved, self._effective_batch // self.args.gradient_accumulation_steps)
+        keep = (
+            "per_device_train_batch_size and gradient_accumulation_steps"
+            if rest
+            else (f"gradient_accumulation_steps={accumulation}")
+        )
+        raise ValueError(
+            f"{checkpoint} was written with an effective batch of {saved} samples, and this launch has "
+            f"{self._effective_batch}: samples would be lost or repeated. Choose {keep} so that per-device batch x accumulation x "
+            "processes is as before, or set ignore_data_skip=True to begin the epoch anew."
+        )
 
     def _load_from_checkpoint(self, *args, **kwargs):
         with self._adapters_loaded_here():
@@ -111,6 +140,7 @@ class CheckpointMixin:
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(run_folder / name)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        checkpoints.write_facts(written, {"effective_batch": self._effective_batch})
         checkpoints.publish(written, run_folder / name)
         shutil.rmtree(self._staging, ignore_errors=True)
         keep = {run_folder / name, Path(self.state.best_model_checkpoint or run_folder / name)}

@@ -43,7 +43,7 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
     on any number of processes with the same effective batch: batch size of the loader x accumulation x processes.
 
     Args:
-        model ([`~torch.nn.Module`]): The model, with the same weights on every rank or not: rank 0's are taken.
+        model ([`~torch.nn.Module`]): The model. Of what is trained rank 0's weights are taken; frozen weights and buffers have to be the same on every rank.
         num_gpus (`int`, *optional*): Processes that the script wants; by default those of the launch.
         aggregation_method ([`AggregationMethod`] or `str`, *optional*):
             How the losses of a step become one; `TOKEN_MEAN` by default where tokens can be counted, else `MEAN`.

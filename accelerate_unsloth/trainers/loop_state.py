@@ -27,7 +27,7 @@ def save(trainer, folder: Path) -> Path:
         folder (`Path`): Its place.
 
     Raises:
-        OSError: if it cannot be written; what was there is as it was.
+        OSError: if it cannot be written, or the folder holds something else; what was there is as it was.
     """
     staging = folder.parent / checkpoints.STAGING / folder.name
     channel().run_on_local_main("clear", functools.partial(_make_empty, staging))
@@ -43,6 +43,8 @@ def _make_empty(staging: Path) -> None:
 
 
 def _write(trainer, staging: Path, folder: Path) -> None:
+    if not checkpoints.may_replace(folder):
+        raise FileExistsError(f"{folder} holds files that are no checkpoint. Name a folder that is new or empty.")
     save_file(_trained(trainer.model), staging / _WEIGHTS)
     torch.save({name: part.state_dict() for name, part in _moving(trainer).items()}, staging / _MOVING)
     (staging / _STATE).write_text(json.dumps(_described(trainer) | _position(trainer), indent=1))

@@ -44,6 +44,7 @@ class MicroBatch:
     inputs: dict
     items: int  # positions whose loss counts; 0 for a filler
     samples: list[int]  # indices into the training data; empty where we did not deal them, or do not need them
+    filler: bool = False  # there to keep ranks in step; belongs to another rank
 
 
 class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMemoryMixin, PlanningMixin, ProbeMixin):
@@ -76,6 +77,7 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
             )
         self._reducer = None
         self._step_items = self._step_tokens = self._loss_weight = None
+        self._in_step = False
         self._eval_sums = None
         with muted_prints():
             super().__init__(*args, **kwargs)
@@ -109,6 +111,8 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         self._gradients_are_small = trainable <= gradient_sync.AFTER_BACKWARD_MAX_TRAINABLE
         takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         total = sum(p.numel() for p in self.model.parameters())
+        # It would start the training of one rank again, while the others go on. A micro-batch that does not fit is cut.
+        self.args.auto_find_batch_size = False
         self.gradient_sync = gradient_sync.resolve(
             self.plugin.gradient_sync, world_size, trainable, total, takes_count
         )
@@ -142,7 +146,17 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
     # ---- The step ----
 
     def _prepare_for_training(self, *args, **kwargs):
+        # An evaluation before the training marks the model as prepared, and accelerate then leaves DDP out without a word
+        # (accelerate 1.15, `Accelerator.prepare_model`). Delete this when it tells the two apart.
+        self.model._is_accelerate_prepared = False
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.gradient_sync.mode == "overlapped" and not isinstance(
+            self.model_wrapped, torch.nn.parallel.DistributedDataParallel
+        ):
+            raise RuntimeError(
+                f"Under gradient_sync='overlapped' accelerate should have wrapped the model in DistributedDataParallel, and "
+                f"made it a {type(self.model_wrapped).__name__}. Use gradient_sync='after_backward'."
+            )
         if self.gradient_sync.mode == "after_backward":
             self._reducer = FlatReducer(self.model.parameters())
             self._reducer.broadcast_parameters()
@@ -160,6 +174,9 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-steps of this rank's next optimizer step, each a [`Slot`] of [`MicroBatch`]es."""
         self._monitor.begin_step()
+        if self._in_step:  # a stream has ended inside of an effective batch; what is left of it belongs to no step
+            self.model.zero_grad()
+        self._in_step = True
         slots = [
             inputs if isinstance(inputs, Slot) else Slot([inputs]) for inputs in islice(epoch_iterator, num_batches)
         ]
@@ -171,7 +188,7 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         self._step_samples = [index for batch in work for index in batch.samples]
         counted = sum(batch.items for batch in work) if num_items is None else num_items
         self._step_items = torch.as_tensor(counted, device=device, dtype=torch.float64)
-        self._own_tokens = sum(count_tokens(batch.inputs) for batch in work if batch.items)
+        self._own_tokens = sum(count_tokens(batch.inputs) for batch in work if not batch.filler)
         self._step_tokens = torch.tensor(self._own_tokens, device=device, dtype=torch.float64)
         self._step_loss = torch.zeros((), device=device, dtype=torch.float64)
         return slots, num_items
@@ -180,7 +197,7 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         samples = getattr(slot, "samples", [[]] * len(slot))
         fillers = [bool(indices) and indices[0] < 0 for indices in samples]
         return [
-            MicroBatch(inputs, 0 if filler else self._count_items(inputs), [] if filler else indices)
+            MicroBatch(inputs, 0 if filler else self._count_items(inputs), [] if filler else indices, filler)
             for inputs, indices, filler in zip(slot, samples, fillers, strict=True)
         ]
 
@@ -261,7 +278,7 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
             return
         together = {}
         for name in (getattr(self.model, "main_input_name", "input_ids"), "attention_mask"):
-            rows = [batch.inputs[name].reshape(1, -1) for batch in inputs if batch.items and name in batch.inputs]
+            rows = [batch.inputs[name].reshape(1, -1) for batch in inputs if not batch.filler and name in batch.inputs]
             if rows or name != "attention_mask":
                 together[name] = torch.cat(rows, dim=1) if rows else torch.empty(1, 0, dtype=torch.long)
         super()._track_num_input_tokens(together)
@@ -296,7 +313,7 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if exact:
             losses, items = zip(*channel().gather("evaluation", self._eval_sums), strict=True)
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / max(sum(items), 1)
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(items) if any(items) else float("nan")
             self._eval_sums = None
         return output
 

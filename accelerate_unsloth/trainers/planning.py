@@ -84,7 +84,7 @@ class PlanningMixin:
 
     def _train_sampler(self, dataset, batch_size: int) -> EffectiveBatchSampler:
         self._train_lengths = lengths_of(dataset)
-        return EffectiveBatchSampler(
+        sampler = EffectiveBatchSampler(
             len(dataset),
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
@@ -98,6 +98,12 @@ class PlanningMixin:
             cost=self._row_cost,
             in_step=self.gradient_sync.mode == "overlapped",
         )
+        if sampler.num_steps == 0:
+            raise ValueError(
+                f"dataloader_drop_last=True leaves nothing of {len(dataset)} samples, because an effective batch has "
+                f"{sampler.effective_batch}. Leave dataloader_drop_last out, or make the effective batch smaller."
+            )
+        return sampler
 
     # ---- Policies ----
 
@@ -113,7 +119,7 @@ class PlanningMixin:
             runs_segments,
             other,
             kernels.prefers_cudnn(),
-            count_different(self.train_dataset, self._train_lengths),
+            count_different(self.train_dataset, self._train_lengths) if runs_segments else 0,
             runs_segments and kernels.spare_varlen() is not None,
         )
         self._undo_after_training.enter_context(attention.applied(self.attention))
@@ -140,6 +146,7 @@ class PlanningMixin:
             self.plugin.micro_batch_tokens,
             fits or None,
             longest,
+            noisy=bool(getattr(self.args, "neftune_noise_alpha", None)),
         )
         if self.micro_batch.mode == "auto":
             self._probe_until_it_fits(sampler, longest)

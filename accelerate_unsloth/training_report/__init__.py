@@ -4,8 +4,7 @@
     record.py   what is known of a run, as plain values
     figures.py  the arithmetic: headline, where the time went, each rank
     charts.py   drawings, as SVG that takes on the page's colours
-    page.py     HTML; every text passes through one function, which escapes it and hides secrets
-    secrets.py  what is hidden
+    page.py     HTML; every text passes through one function, which escapes it and hides secrets (`masking.py`)
 
 Rank 0 writes it when training ends, from what logging steps brought there anyway.
 """
