@@ -198,7 +198,6 @@ def test_a_micro_batch_that_does_not_fit_is_cut_with_the_same_result(
 ):
     options = {"args": dict(LARGE), "provoke": {"what": "out_of_memory", "step": 1, "rank": processes - 1}}
     options["args"]["gradient_accumulation_steps"] = 4 // processes
-    options["args"]["auto_find_batch_size"] = True  # which would begin anew, on one rank of two
     finished = start(tmp_path, tiny_model, uneven_data, processes, **options)
     assert finished.status == 0, finished.output[-3000:]
     assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
@@ -237,7 +236,9 @@ def test_running_out_of_memory_lowers_the_budget_of_all_ranks(undisturbed, tiny_
 
 
 def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model, uneven_data, tmp_path):
-    options = {"args": LARGE, "provoke": {"what": "out_of_memory", "step": 1, "always": True}}
+    # The Trainer's own way would begin anew with smaller batches, on that rank alone.
+    options = {"args": LARGE | {"auto_find_batch_size": True}}
+    options["provoke"] = {"what": "out_of_memory", "step": 1, "always": True}
     finished = start(tmp_path, tiny_model, uneven_data, **options)
     assert finished.status != 0
     assert "On rank 1 sample" in finished.output
