@@ -95,9 +95,7 @@ class ModelShape:
                 tied=bool(getattr(text, "tie_word_embeddings", False)),
                 expert_copies=copies,
             )
-        except (
-            Exception
-        ):  # a config whose layers differ (Gemma 4) raises errors of its own when it is asked for one size
+        except Exception:  # a config whose layers differ (Gemma 4) raises errors of its own kind
             return None
         sizes = (shape.hidden, shape.intermediate, shape.layers, shape.heads, shape.kv_heads, shape.head_dim)
         return shape if all(isinstance(size, int) for size in sizes) else None  # Gemma 3n has a list of them

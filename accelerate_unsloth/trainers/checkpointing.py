@@ -79,11 +79,9 @@ class CheckpointMixin:
         if saved == self._effective_batch or self.args.ignore_data_skip:
             return
         accumulation, rest = divmod(saved, self._effective_batch // self.args.gradient_accumulation_steps)
-        keep = (
-            "per_device_train_batch_size and gradient_accumulation_steps"
-            if rest
-            else (f"gradient_accumulation_steps={accumulation}")
-        )
+        keep = f"gradient_accumulation_steps={accumulation}"
+        if rest:
+            keep = "per_device_train_batch_size and gradient_accumulation_steps"
         raise ValueError(
             f"{checkpoint} was written with an effective batch of {saved} samples, and this launch has "
             f"{self._effective_batch}: samples would be lost or repeated. Choose {keep} so that per-device batch x accumulation x "

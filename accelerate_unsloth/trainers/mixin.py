@@ -146,9 +146,10 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
     # ---- The step ----
 
     def _prepare_for_training(self, *args, **kwargs):
-        # An evaluation before the training marks the model as prepared, and accelerate then leaves DDP out without a word
-        # (accelerate 1.15, `Accelerator.prepare_model`). Delete this when it tells the two apart.
-        self.model._is_accelerate_prepared = False
+        if self.gradient_sync.mode == "overlapped":
+            # An evaluation before the training marks the model as prepared, and accelerate then leaves DDP out without a
+            # word (accelerate 1.15, `Accelerator.prepare_model`). Delete this when it tells the two apart.
+            self.model._is_accelerate_prepared = False
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.gradient_sync.mode == "overlapped" and not isinstance(
             self.model_wrapped, torch.nn.parallel.DistributedDataParallel

@@ -86,9 +86,7 @@ class OutOfMemoryMixin:
         Raises:
             torch.OutOfMemoryError: if it does not fit.
         """
-        if (
-            num_items_in_batch is not None
-        ):  # zero where no rank has a label in this step: the loss is zero then, not nan
+        if torch.is_tensor(num_items_in_batch):  # zero where no rank has a label: the loss is zero then, not nan
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         try:
             return super().training_step(model, batch.inputs, num_items_in_batch)
