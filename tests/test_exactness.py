@@ -115,6 +115,30 @@ def test_samples_are_dealt_by_tokens_unless_told_otherwise(run):
     assert result(run("two, more micro-batches than asked"))["micro_batch_tokens"] <= 130
 
 
+@pytest.mark.parametrize("gradient_sync", ["after_backward", "overlapped"])
+def test_a_step_without_any_label_changes_nothing(gradient_sync, tiny_model, tmp_path):
+    rows = [{"input_ids": [5 + n, 6, 7 + n, 8], "labels": [5 + n, 6, 7 + n, 8]} for n in range(12)]
+    for row in rows[4:8]:  # the second step of three
+        row["labels"] = [-100] * 4
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for processes, folder in enumerate(folders, start=1):
+        folder.mkdir()
+        arguments = {"gradient_accumulation_steps": 4 // processes, "train_sampling_strategy": "sequential"}
+        arguments["max_length"] = None  # cutting rows leaves their labels out (trl 1.15.0)
+        options = {"args": arguments, "plugin": {"gradient_sync": gradient_sync}}
+        finished = launch(WORKERS / "train.py", [tiny_model, data, folder, json.dumps(options)], processes)
+        assert finished.status == 0, finished.output[-3000:]
+    one, two = map(result, folders)
+    assert one["losses"][1] == two["losses"][1] == 0
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert one["num_tokens"] == two["num_tokens"] == [16, 32, 48]
+    first, second = (load_file(folder / "weights0.safetensors") for folder in folders)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6)
+
+
 def test_data_of_which_drop_last_leaves_nothing_is_refused_with_words(tiny_model, uneven_data, tmp_path):
     options = {"args": {"per_device_train_batch_size": 64, "dataloader_drop_last": True}}
     finished = launch(WORKERS / "train.py", [tiny_model, uneven_data, tmp_path, json.dumps(options)], processes=1)

@@ -257,6 +257,11 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         if self._failed_tokens and self.gradient_sync.mode == "none":
             self._plan_smaller()
         self._num_tokens += self._step_tokens
+        if self.gradient_sync.mode == "overlapped" and not self._step_items:
+            for (
+                parameter
+            ) in self.model.parameters():  # no rank has a label: DDP leaves zeros, which momentum would act on
+                parameter.grad = None
         finite = self._own_numbers_are_finite(self._step_loss)
         notes = torch.tensor([float(self._stop.signal is not None), float(not finite)], device=self.args.device)
         notes = self.accelerator.reduce(notes) if self.gradient_sync.mode == "overlapped" else notes
