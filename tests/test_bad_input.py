@@ -32,7 +32,8 @@ def run(case, tiny_model, folder, environment=None, **how):
 
 
 @pytest.mark.parametrize(
-    ("case", "real_launcher"), [*((case, False) for case in MESSAGES), *((case, True) for case in REAL)]
+    ("case", "real_launcher"),
+    [*((case, False) for case in MESSAGES), *(pytest.param(case, True, marks=pytest.mark.slow) for case in REAL)],
 )
 def test_a_mistake_gives_one_message_and_ends_all(case, real_launcher, tiny_model, tmp_path):
     finished = run(case, tiny_model, tmp_path, real_launcher=real_launcher)
