@@ -16,7 +16,7 @@ RUNS = {
     "two": (2, 2, {"evaluate": True}),
     "four": (4, 1, {}),
     "two, rank means asked for": (2, 2, {"args": {"average_tokens_across_devices": False}}),
-    "two, dealt by number": (2, 2, {"plugin": {"balance_tokens": False}}),
+    "two, dealt by number": (2, 2, {"plugin": {"balance_tokens": False}, "resume": False}),
     "two, more micro-batches than asked": (
         2,
         1,

@@ -36,7 +36,7 @@ class CheckpointMixin:
                     "to start from the beginning in that case."
                 )
             resume_from_checkpoint = found
-        if resume_from_checkpoint is not None:
+        if resume_from_checkpoint:  # False is as None, as with the Trainer
             self._check_effective_batch(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
