@@ -12,6 +12,7 @@ from typing import Any
 
 from ._version import __version__
 from .channel import channel
+from .checksum import bit_sums
 from .data.lengths import lengths_of
 from .masking import HIDDEN, is_secret_name, without_secrets
 from .topology import topology
@@ -131,6 +132,32 @@ def check(trainer) -> None:
     """
     if topology().world_size > 1:
         compare(describe(trainer))
+        check_frozen(trainer.model)
+
+
+def check_frozen(model) -> None:
+    """
+    Compare what training leaves as it is, which no rank takes from another: frozen weights, and the buffers that a model keeps.
+
+    Args:
+        model ([`~torch.nn.Module`]): On its device.
+
+    Raises:
+        ValueError: naming the ranks that differ from rank 0, and the first tensors that do.
+    """
+    kept = model.state_dict().keys()
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    frozen |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    sums = channel().gather("frozen weights", bit_sums(frozen))
+    differ = [{name for name in (*sums[0], *of_rank) if of_rank.get(name) != sums[0].get(name)} for of_rank in sums]
+    if any(differ):
+        ranks = [str(rank) for rank, names in enumerate(differ) if names]
+        names = sorted(set().union(*differ))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"Frozen weights or buffers of rank(s) {', '.join(ranks)} are not those of rank 0: {', '.join(names[:3])}{more}. "
+            "Load the same model on every rank; before layers of random weights, call torch.manual_seed with one seed."
+        )
 
 
 def compare(description: dict[str, Any]) -> None:

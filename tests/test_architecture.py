@@ -34,6 +34,7 @@ ROOMS += [
     "checkpoints",
     "stopping",
     "watchdog",
+    "checksum",
     "reduction",
     "memory",
     "shapes",

@@ -1,15 +1,26 @@
 """Loops of one's own: the same steps on any number of processes, however a user's DataLoader is dealt."""
 
 import json
+import math
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+)
+from transformers import AutoModelForCausalLM
 
 from accelerate_unsloth import AggregationMethod, MultiGPUTrainer, UnslothPlugin
 from accelerate_unsloth.data import dealt
 from accelerate_unsloth.data.dealt import Place
+from accelerate_unsloth.data.loader_order import order_of
 from accelerate_unsloth.policies import aggregation
 
 from .launching import WORKERS, launch
@@ -20,6 +31,7 @@ TRAININGS = {
     "whole": {"epochs": [None, 2], "evaluate": True},
     "stream": {"stream": True, "samples": 21},
     "by number": {"plugin": {"balance_tokens": False}},
+    "own sampler": {"own_sampler": True, "epochs": [6, 2]},
 }
 
 
@@ -34,10 +46,15 @@ def ran(tiny_model, uneven_data, tmp_path_factory):
             shared = {"batch": 1, "accumulation": ACCUMULATION[processes]}
             trainings = {name: shared | options for name, options in TRAININGS.items()}
             if processes == 2:
-                trainings["first half"] = shared | {"epochs": [3], "save": str(folder / "checkpoint")}
+                first = shared | {"epochs": [3], "save": str(folder / "checkpoint")}
+                trainings["first half"] = first
+                drawn = {"own_sampler": True, "epochs": [1, 2], "save": str(folder / "drawn")}
+                trainings["first half, own sampler"] = first | drawn
             if processes == 1:
-                halved = {"load": str(run(2) / "checkpoint"), "epochs": [None, 2]}
-                trainings["second half"] = shared | halved
+                second = shared | {"load": str(run(2) / "checkpoint"), "epochs": [None, 2]}
+                trainings["second half"] = second
+                drawn = {"own_sampler": True, "load": str(run(2) / "drawn"), "epochs": [3]}
+                trainings["second half, own sampler"] = second | drawn
             start(tiny_model, uneven_data, folder, trainings, processes)
         return folders[processes]
 
@@ -103,7 +120,7 @@ def test_an_epoch_tells_what_each_rank_did(ran, name):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", ["whole", "stream"])
+@pytest.mark.parametrize("name", ["whole", "stream", "own sampler"])
 def test_gathered_results_are_in_the_order_of_the_data_without_repeats(ran, name):
     for processes in (1, 2, 4):
         for rank in range(processes):
@@ -124,6 +141,15 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_on_another_number_of_processes(
     weights = [ran(1) / name / "weights0.safetensors" for name in ("whole", "second half")]
     assert difference(*weights) < 1e-4
     assert result(ran(1), "second half")["position"] == [1, 2, 8]
+
+
+@pytest.mark.launch
+def test_what_a_sampler_drew_is_kept_until_the_epoch_ends(ran):
+    """A run in one go, against three steps in two calls on two processes and three more in one that took them over."""
+    whole = losses(ran(1), "own sampler")[:6]
+    assert losses(ran(2), "first half, own sampler") == pytest.approx(whole[:3], rel=1e-5)
+    assert losses(ran(1), "second half, own sampler") == pytest.approx(whole[3:], rel=1e-5)
+    assert result(ran(1), "second half, own sampler")["position"] == [1, 0, 6]
 
 
 @pytest.mark.launch
@@ -155,6 +181,8 @@ def test_mean_and_sum_are_over_ranks(method, tmp_path):
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
+        ("samples", "samples of the loader: 5 on rank 0; 6 on rank 1"),
+        ("frozen", "Frozen weights or buffers of rank(s) 1 are not those of rank 0: frozen. Load"),
         ("learning rate", "lr of the optimizer: 0.01 on rank 0; 0.02 on rank 1"),
         ("not finite", "The loss or a gradient of step 1 is not finite on rank 1"),
         ("an error on one rank", "RuntimeError: this loader is broken"),
@@ -164,6 +192,13 @@ def test_what_is_wrong_on_one_rank_ends_all_with_one_message(broken, words, tmp_
     finished = launch(WORKERS / "aggregate.py", [tmp_path, broken], processes=2)
     assert finished.status != 0
     assert finished.output.count(words) == 1, finished.output[-4000:]
+
+
+class Stream(IterableDataset):
+    """Seven numbers without a length."""
+
+    def __iter__(self):
+        return iter(range(7))
 
 
 def model():
@@ -181,6 +216,8 @@ def loss_fn(model, batch):
         ({"aggregation_method": "median"}, "choose one of mean, sum, token_mean"),
         ({"aggregation_method": AggregationMethod.TOKEN_MEAN}, "Pass count_items"),
         ({"plugin": UnslothPlugin(gradient_sync="overlapped")}, "reduces after the backward"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is not a whole number"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is no norm above 0"),
         ({"optimizer_config": {"lr": 1e-4}}, '"class": a class'),
         ({"optimizer_config": {"class": torch.optim.SGD, "kwargs": {}, "lr": 1e-4}}, '"class": a class'),
     ],
@@ -231,6 +268,43 @@ def test_a_checkpoint_of_another_training_is_refused(options, words, tmp_path):
         MultiGPUTrainer(model(), loss_fn=loss_fn, **options).load_checkpoint(tmp_path / "checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (DataLoader(torch.ones(8, 2), batch_size=1), "samples of a step=2, now 1"),
+        (DataLoader(torch.ones(10, 2), batch_size=2), "samples=8, now 10"),
+        (DataLoader(torch.ones(8, 2), batch_size=2, drop_last=True), "drop_last=False, now True"),
+        (DataLoader(torch.ones(8, 2), batch_size=2, shuffle=True), "order of the samples='sequential', now 'random'"),
+        (DataLoader(torch.ones(8, 2), batch_sampler=[[0, 1], [2, 3]]), "now 'drawn'"),
+    ],
+)
+def test_an_epoch_is_ended_with_the_loader_it_was_begun_with(loader, words, tmp_path):
+    begun = MultiGPUTrainer(model(), loss_fn=loss_fn)
+    begun.train_epoch(DataLoader(torch.ones(8, 2), batch_size=2), max_steps=1)
+    begun.save_checkpoint(tmp_path / "checkpoint")
+    fresh = MultiGPUTrainer(model(), loss_fn=loss_fn)
+    fresh.load_checkpoint(tmp_path / "checkpoint")
+    for trainer in (begun, fresh):
+        with pytest.raises(ValueError, match=words):
+            trainer.train_epoch(loader)
+        assert trainer.train_epoch(DataLoader(torch.ones(8, 2), batch_size=2)).num_steps == 3
+    assert fresh.train_epoch(loader).num_samples == len(loader.sampler if loader.batch_size else [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("rows", [torch.ones(7, 2), [torch.ones(2)] * 7])
+def test_max_steps_at_the_end_of_an_epoch_closes_it(rows):
+    class Rows(IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+    for loader in (DataLoader(rows, batch_size=2), DataLoader(Rows(), batch_size=2)):
+        trainer = MultiGPUTrainer(model(), loss_fn=loss_fn)
+        assert trainer.train_epoch(loader, max_steps=4).num_steps == 4
+        assert (trainer.epoch, trainer.step_in_epoch) == (1, 0)
+        assert trainer.train_epoch(loader, max_steps=3).num_steps == 3
+        assert (trainer.epoch, trainer.step_in_epoch) == (1, 3)
+
+
 def test_a_checkpoint_is_replaced_and_leaves_nothing_beside_it(tmp_path):
     trainer = trained()
     trainer.save_checkpoint(tmp_path / "checkpoint")
@@ -255,6 +329,40 @@ def test_a_step_that_is_not_finite_is_skipped_where_asked_for():
     trainer.train_epoch(DataLoader(rows, batch_size=2))
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert not all(torch.equal(now, then) for now, then in zip(trainer.model.parameters(), before, strict=True))
+
+
+def test_a_skipped_step_moves_no_schedule_and_is_no_loss_of_the_epoch():
+    rows, logs = torch.ones(6, 2), []
+    rows[2, 0] = float("nan")
+    trainer = MultiGPUTrainer(
+        model(),
+        loss_fn=loss_fn,
+        optimizer_config={"class": torch.optim.SGD, "kwargs": {"lr": 0.5}},
+        scheduler_config={"class": torch.optim.lr_scheduler.ExponentialLR, "kwargs": {"gamma": 0.5}},
+        callbacks=[lambda entry, step: logs.append(entry)],
+        plugin=UnslothPlugin(on_nonfinite="skip"),
+    )
+    stats = trainer.train_epoch(DataLoader(rows, batch_size=2))
+    assert [entry["learning_rate"] for entry in logs] == [0.5, 0.25, 0.25]
+    assert stats.loss == pytest.approx((logs[0]["loss"] + logs[2]["loss"]) / 2)
+
+
+@pytest.mark.parametrize("method", ["token_mean", "mean", "sum"])
+def test_samples_whose_labels_are_all_masked_are_no_part_of_a_mean(method, tiny_model):
+    causal = AutoModelForCausalLM.from_pretrained(tiny_model)
+    row, masked = (
+        {"input_ids": torch.arange(6), "labels": labels} for labels in (torch.arange(6), torch.full((6,), -100))
+    )
+    stands_still = {"class": torch.optim.SGD, "kwargs": {"lr": 0.0}}
+    trainer = MultiGPUTrainer(causal, aggregation_method=method, optimizer_config=stands_still)
+    found = [trainer.train_epoch(DataLoader(rows, batch_size=1)).loss for rows in ([row], [row, masked], [masked])]
+    assert found[0] == pytest.approx(found[1])
+    assert math.isnan(found[2])
+    losses = [
+        trainer.evaluate(DataLoader(rows, batch_size=1))["eval_loss"] for rows in ([row], [row, masked], [masked])
+    ]
+    assert losses[0] == pytest.approx(losses[1])
+    assert math.isnan(losses[2])
 
 
 def test_results_that_are_not_one_a_sample_are_refused():
@@ -304,16 +412,49 @@ def test_tokens_weigh_where_they_can_be_counted(counts, method):
     [
         (DataLoader([1, 2, 3], batch_size=2), "sequential"),
         (DataLoader([1, 2, 3], batch_size=2, shuffle=True), "random"),
-        (DataLoader([1, 2, 3], sampler=RandomSampler([1, 2, 3], replacement=True)), None),
-        (DataLoader([1, 2, 3], sampler=RandomSampler([1, 2, 3], num_samples=2)), None),
-        (DataLoader([1, 2, 3], sampler=WeightedRandomSampler([1, 1, 1], 3)), None),
-        (DataLoader([1, 2, 3], batch_sampler=[[0], [1, 2]]), None),
-        (DataLoader([1, 2, 3], batch_size=None), None),
-        (DataLoader([1, 2, 3], batch_sampler=BatchSampler(range(3), 2, False)), None),
+        (DataLoader([1, 2, 3], sampler=DistributedSampler([1, 2, 3], 2, 0)), "random"),
+        (DataLoader([1, 2, 3], sampler=DistributedSampler([1, 2, 3], 2, 1, shuffle=False)), "sequential"),
+        (DataLoader([1, 2, 3], sampler=RandomSampler([1, 2, 3], replacement=True)), "drawn"),
+        (DataLoader([1, 2, 3], sampler=RandomSampler([1, 2, 3], num_samples=2)), "drawn"),
+        (DataLoader([1, 2, 3], sampler=WeightedRandomSampler([1, 1, 1], 3)), "drawn"),
+        (DataLoader([1, 2, 3], batch_sampler=[[0], [1, 2]]), "drawn"),
+        (DataLoader([1, 2, 3], batch_size=None), "drawn"),
+        (DataLoader([1, 2, 3], batch_sampler=BatchSampler(range(3), 2, False)), "drawn"),
+        (DataLoader(Stream(), batch_size=2), "stream"),
     ],
 )
 def test_only_batches_that_pytorch_forms_by_itself_are_formed_anew(loader, order):
-    assert dealt.order_of(loader) == order
+    assert order_of(loader) == order
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (
+            prepare_data_loader(DataLoader(range(8), batch_size=2), num_processes=2, process_index=0),
+            "dealt over the ranks",
+        ),
+        (prepare_data_loader(DataLoader(Stream()), num_processes=2, process_index=0), "dealt over the ranks"),
+        (DataLoader(range(8), sampler=DistributedSampler(range(4), 2, 0)), "dealt over the ranks"),
+        (DataLoader(range(8), sampler=(index for index in range(8))), "tells no length"),
+    ],
+)
+def test_loaders_that_cannot_be_dealt_are_refused(loader, words):
+    with pytest.raises(ValueError, match=words):
+        order_of(loader)
+
+
+@pytest.mark.parametrize(
+    ("loader", "lengths", "words"),
+    [
+        (DataLoader(range(8), batch_size=2), [1, 2], "2 numbers for 8 samples"),
+        (DataLoader(range(8), batch_sampler=[[0], [1]]), [1] * 8, "batches of a sampler of your own stay"),
+        (DataLoader(Stream(), batch_size=2), [1] * 8, "batches of a stream stay"),
+    ],
+)
+def test_lengths_that_cannot_be_used_are_refused(loader, lengths, words):
+    with pytest.raises(ValueError, match=words):
+        dealt.for_training(loader, Place(0, 1), accumulation=1, seed=0, lengths=lengths)
 
 
 def padded_tokens(balance, accumulation=2):
@@ -321,7 +462,7 @@ def padded_tokens(balance, accumulation=2):
     lengths = [(37 * i) % 101 + 1 for i in range(32)]
     loader = DataLoader(list(range(32)), batch_size=4)
     plan = dealt.for_training(loader, Place(0, 2), accumulation, seed=0, balance=balance, lengths=lengths)
-    ranks = plan.batch_sampler.plan(step=0)
+    ranks = plan._loader.batch_sampler.plan(step=0)
     return [sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) for batches in ranks]
 
 
@@ -335,26 +476,71 @@ def everyone(batches_of, world_size):
     return [list(batches_of(Place(rank, world_size))) for rank in range(world_size)]
 
 
-def test_other_loaders_are_taken_by_turns():
-    loader = DataLoader(list(range(10)), batch_sampler=[[9, 1], [2, 3, 4], [5], [6, 7], [8, 0]])
-    ranks = everyone(lambda place: dealt.by_turns(loader, place), 2)
-    assert [[batch.inputs.tolist() for batch in rank] for rank in ranks] == [
-        [[9, 1], [5], [8, 0]],
-        [[2, 3, 4], [6, 7]],
-    ]
-    places = [place for rank in ranks for batch in rank for place in batch.samples]
-    in_order = [value for _, value in sorted(zip(places, [9, 1, 5, 8, 0, 2, 3, 4, 6, 7], strict=True))]
-    assert in_order == [9, 1, 2, 3, 4, 5, 6, 7, 8, 0]
+BATCHES = [[9, 1], [2, 3, 4], [5], [6, 7], [8, 0]]
 
 
-def test_a_loader_that_is_dealt_already_is_not_dealt_again():
+def test_batches_of_a_sampler_of_ones_own_are_taken_by_turns():
     def batches(place):
-        sampler = DistributedSampler(range(8), place.world_size, place.rank, shuffle=False)
-        return dealt.by_turns(DataLoader(range(8), sampler=sampler, batch_size=2), place)
+        epochs = dealt.for_training(DataLoader(list(range(10)), batch_sampler=BATCHES), place, 1, seed=0)
+        return (batch for step in epochs.steps(0, 0, epochs.draw()) for batch in step)
 
     ranks = everyone(batches, 2)
-    assert sorted(value for rank in ranks for batch in rank for value in batch.inputs.tolist()) == list(range(8))
-    assert len({place for rank in ranks for batch in rank for place in batch.samples}) == 8
+    assert [[batch.inputs.tolist() for batch in rank] for rank in ranks] == [BATCHES[0::2], BATCHES[1::2]]
+    assert all(batch.samples == batch.inputs.tolist() for rank in ranks for batch in rank)
+
+
+def test_only_a_ranks_own_samples_are_loaded():
+    loaded = []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            loaded.append(index)
+            return index
+
+    epochs = dealt.for_training(DataLoader(Rows(), batch_sampler=BATCHES), Place(1, 2), 1, seed=0)
+    list(epochs.steps(0, 1, epochs.draw()))
+    assert loaded == [6, 7]
+
+
+def test_batches_of_a_stream_are_taken_by_turns():
+    def batches(place):
+        epochs = dealt.for_training(DataLoader(Stream(), batch_size=2), place, 1, seed=0)
+        return (batch for step in epochs.steps(0, 1, None) for batch in step)
+
+    ranks = everyone(batches, 2)
+    assert [[batch.inputs.tolist() for batch in rank] for rank in ranks] == [[[4, 5]], [[6]]]
+    assert [[batch.samples for batch in rank] for rank in ranks] == [[[(2, 0), (2, 1)]], [[(3, 0)]]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_evaluation_takes_a_repeated_sample_once(batch_size):
+    loader = DataLoader(list(range(4)), sampler=[3, 1, 3, 1, 0, 0], batch_size=batch_size)
+    ranks = everyone(lambda place: dealt.for_evaluation(loader, place), 2)
+    assert sorted(index for rank in ranks for batch in rank for index in batch.samples) == [0, 1, 3]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_distributed_sampler_does_not_deal_twice_or_repeat(shuffle):
+    def batches(place):
+        sampler = DistributedSampler(range(5), place.world_size, place.rank, shuffle=shuffle)
+        epochs = dealt.for_training(DataLoader(range(5), sampler=sampler, batch_size=2), place, 1, seed=0)
+        return (batch for step in epochs.steps(0, 0, None) for batch in step)
+
+    ranks = everyone(batches, 2)
+    assert sorted(value for rank in ranks for batch in rank for value in batch.inputs.tolist()) == list(range(5))
+
+
+def test_a_data_set_that_holds_batches_is_dealt_batch_by_batch():
+    rows = [torch.arange(3), torch.arange(3, 5), torch.arange(5, 9)]
+    loader = DataLoader(rows, batch_size=None, shuffle=True)
+    ranks = everyone(lambda place: dealt.for_evaluation(loader, place), 1)
+    places = {
+        place: value for batch in ranks[0] for place, value in zip(batch.samples, batch.inputs.tolist(), strict=True)
+    }
+    assert [places[place] for place in sorted(places)] == list(range(9))
 
 
 @pytest.mark.parametrize("rows", [7, 8])
@@ -369,6 +555,6 @@ def test_an_evaluation_gives_each_sample_to_one_rank(rows):
 
 def test_options_of_the_loader_are_kept():
     loader = DataLoader(list(range(8)), batch_size=2, num_workers=2, drop_last=True, collate_fn=tuple, timeout=9)
-    planned = dealt.for_training(loader, Place(0, 1), accumulation=3, seed=0)
-    assert (planned.num_workers, planned.timeout) == (2, 9)
-    assert len(planned.batch_sampler) == 3  # one whole effective batch of 6, the rest dropped
+    epochs = dealt.for_training(loader, Place(0, 1), accumulation=3, seed=0)
+    assert (epochs._loader.num_workers, epochs._loader.timeout) == (2, 9)
+    assert epochs.num_steps(None) == 1  # one whole effective batch of 6, the rest dropped

@@ -1,21 +1,18 @@
 """A user's own DataLoader, dealt over the ranks: who gets which of its samples, and what they were."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+import numpy as np
+from torch.utils.data import DataLoader
 
 from .balance import RowCost
 from .lengths import lengths_of
 from .loader import PlannedDataLoader, Slot
+from .loader_order import draw, order_of
 from .sampler import EffectiveBatchSampler, EvaluationSampler
 
 
@@ -35,30 +32,103 @@ class DealtBatch:
     samples: list
 
 
-def order_of(loader: DataLoader) -> str | None:
+class PlannedEpochs:
     """
-    In what order a DataLoader visits its samples: `"sequential"`, `"random"`, or `None` if that is the loader's secret.
+    Epochs formed anew from a seed, in effective batches that do not depend on the number of processes.
 
-    Only batches that PyTorch forms by itself from a data set with a length and random access can be formed anew.
+    Args:
+        loader ([`~torch.utils.data.DataLoader`]): Of the whole data set.
+        sampler ([`EffectiveBatchSampler`]): Of this rank.
 
-    Example:
-
-    ```python
-    >>> from torch.utils.data import DataLoader
-    >>> from accelerate_unsloth.data.dealt import order_of
-    >>> order_of(DataLoader([1, 2, 3], batch_size=2, shuffle=True))
-    'random'
-    ```
+    Attributes:
+        facts (`dict`): What a run that goes on inside of an epoch has to have in common with the one that began it.
     """
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        return None
-    if loader.batch_size is None:  # the batches of a batch sampler of one's own, or no batches at all
-        return None
-    sampler = loader.sampler
-    if type(sampler) is SequentialSampler:
-        return "sequential"
-    whole = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(loader.dataset)
-    return "random" if whole else None
+
+    def __init__(self, loader: DataLoader, sampler: EffectiveBatchSampler):
+        self.accumulation = sampler.accumulation
+        self._loader = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader))
+        lengths = None if sampler.lengths is None else np.ascontiguousarray(sampler.lengths, dtype=np.int64)
+        self.facts = {
+            "order of the samples": sampler.strategy,
+            "samples": sampler.num_samples,
+            "samples of a step": sampler.effective_batch,
+            "drop_last": loader.drop_last,
+            "lengths": None if lengths is None else hashlib.sha256(lengths.tobytes()).hexdigest()[:12],
+        }
+
+    def draw(self) -> None:
+        """The order is the seed's."""
+
+    def num_steps(self, order: None) -> int:
+        return self._loader.batch_sampler.num_steps
+
+    def steps(self, epoch: int, first_step: int, order: None) -> Iterator[list[DealtBatch]]:
+        """The micro-batches of this rank in each optimizer step from `first_step` on."""
+        self._loader.batch_sampler.first_step = first_step
+        self._loader.set_epoch(epoch)
+        stream = iter(self._loader)
+        while slots := list(islice(stream, self.accumulation)):
+            yield _micro_batches(slots)
+
+
+class DrawnEpochs:
+    """
+    Epochs whose batches a sampler of one's own draws, once for all ranks, taken by turns.
+
+    Args:
+        loader ([`~torch.utils.data.DataLoader`]): Of the whole data set.
+        place ([`Place`]): This rank.
+        accumulation (`int`): Micro-batches of an optimizer step on each rank.
+    """
+
+    def __init__(self, loader: DataLoader, place: Place, accumulation: int):
+        self._dealt, self._place = loader, place
+        self._turns = place.world_size * accumulation
+        self.accumulation = accumulation
+        self.facts = {"order of the samples": "drawn", "micro-batches of a step": self._turns}
+        if hasattr(loader.dataset, "__len__"):
+            self.facts["samples"] = len(loader.dataset)
+
+    def draw(self) -> list:
+        return draw(self._dealt)
+
+    def num_steps(self, order: list) -> int:
+        return -(-len(order) // self._turns)
+
+    def steps(self, epoch: int, first_step: int, order: list) -> Iterator[list[DealtBatch]]:
+        stream = _load(self._dealt, order[first_step * self._turns :][self._place.rank :: self._place.world_size])
+        while batches := list(islice(stream, self.accumulation)):
+            yield batches
+
+
+class StreamedEpochs:
+    """Epochs of a loader that gives the same batches on every rank, taken by turns; what is done is read again."""
+
+    def __init__(self, loader: DataLoader, place: Place, accumulation: int):
+        self._stream, self._place = loader, place
+        self.accumulation = accumulation
+        turns = place.world_size * accumulation
+        self.facts = {
+            "order of the samples": "stream",
+            "micro-batches of a step": turns,
+            "batch_size": loader.batch_size,
+        }
+
+    def draw(self) -> None:
+        """The order is the stream's."""
+
+    def num_steps(self, order: None) -> None:
+        """Nobody knows before the end."""
+
+    def steps(self, epoch: int, first_step: int, order: None) -> Iterator[list[DealtBatch]]:
+        stream = _by_turns(self._stream, self._place)
+        for _ in islice(stream, first_step * self.accumulation):
+            continue
+        while batches := list(islice(stream, self.accumulation)):
+            yield batches
+
+
+Epochs = PlannedEpochs | DrawnEpochs | StreamedEpochs
 
 
 def for_training(
@@ -68,9 +138,9 @@ def for_training(
     seed: int,
     balance: bool = True,
     lengths: Sequence[int] | None = None,
-) -> PlannedDataLoader | None:
+) -> Epochs:
     """
-    The same samples in effective batches that do not depend on the number of processes.
+    The epochs of a loader, as this rank takes part in them.
 
     Args:
         loader ([`~torch.utils.data.DataLoader`]): Of the whole data set, the same on every rank.
@@ -80,12 +150,17 @@ def for_training(
         balance (`bool`, *optional*, defaults to `True`): Deal by tokens where lengths are known.
         lengths (`Sequence[int]`, *optional*): Tokens of each sample; by default those of a column `input_ids`.
 
-    Returns:
-        [`PlannedDataLoader`], or `None` for a loader whose samples cannot be dealt; see [`order_of`].
+    Raises:
+        ValueError: for a loader that cannot be dealt (see [`order_of`]), lengths that are not one a sample, or lengths
+            where batches stay as they are.
     """
     order = order_of(loader)
-    if order is None:
-        return None
+    if lengths is not None:
+        _check_lengths(lengths, loader, order)
+    if order == "stream":
+        return StreamedEpochs(loader, place, accumulation)
+    if order == "drawn":
+        return DrawnEpochs(loader, place, accumulation)
     lengths = lengths_of(loader.dataset) if lengths is None else lengths
     sampler = EffectiveBatchSampler(
         len(loader.dataset),
@@ -100,13 +175,42 @@ def for_training(
         balance=balance and lengths is not None and place.world_size > 1,
         cost=_cost(loader),
     )
-    return PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader))
+    return PlannedEpochs(loader, sampler)
 
 
-def for_evaluation(loader: DataLoader, place: Place, balance: bool = True) -> Iterator[DealtBatch]:
-    """This rank's batches of a loader, each sample on one rank; of any loader, as long as it is the same on all ranks."""
-    if order_of(loader) is None:
-        yield from by_turns(loader, place)
+def _check_lengths(lengths: Sequence[int], loader: DataLoader, order: str) -> None:
+    if order in ("stream", "drawn"):
+        kind = "a stream" if order == "stream" else "a sampler of your own"
+        raise ValueError(
+            f"lengths= deals samples anew, and the batches of {kind} stay as they are. Leave lengths out."
+        )
+    if len(lengths) != len(loader.dataset):
+        raise ValueError(
+            f"lengths= holds {len(lengths)} numbers for {len(loader.dataset)} samples. Pass one for each."
+        )
+
+
+def for_evaluation(
+    loader: DataLoader,
+    place: Place,
+    balance: bool = True,
+    share: Callable[[Callable[[], list]], list] = lambda draw: draw(),
+) -> Iterator[DealtBatch]:
+    """
+    This rank's batches of a loader, each sample on one rank and once, those that `drop_last` would leave out too.
+
+    Args:
+        loader ([`~torch.utils.data.DataLoader`]): Of the whole data set, the same on every rank.
+        place ([`Place`]): This rank.
+        balance (`bool`, *optional*, defaults to `True`): Put like lengths together where they are known.
+        share (`Callable`, *optional*): Takes a function that draws an order, and gives what rank 0 has drawn.
+    """
+    order = order_of(loader)
+    if order == "stream":
+        yield from _by_turns(loader, place)
+        return
+    if order == "drawn":
+        yield from _load(loader, _without_repeats(share(lambda: draw(loader)))[place.rank :: place.world_size])
         return
     lengths = lengths_of(loader.dataset) if balance else None
     sampler = EvaluationSampler(len(loader.dataset), place.world_size, place.rank, loader.batch_size, lengths)
@@ -115,21 +219,37 @@ def for_evaluation(loader: DataLoader, place: Place, balance: bool = True) -> It
         yield DealtBatch(inputs, samples)
 
 
-def by_turns(loader, place: Place) -> Iterator[DealtBatch]:
-    """
-    Every N-th batch of a loader that gives the same batches on every rank; all of them if it is dealt already.
+def _load(loader: DataLoader, indices: list) -> Iterator[DealtBatch]:
+    """The batches that `indices` name, as `loader` makes them."""
+    options = _options(loader) | {"persistent_workers": False, "collate_fn": loader.collate_fn}
+    if loader.batch_sampler is None:
+        for index, inputs in zip(indices, DataLoader(loader.dataset, None, sampler=indices, **options), strict=True):
+            yield DealtBatch(inputs, [(index, row) for row in range(_rows(inputs))])
+        return
+    for batch, inputs in zip(indices, DataLoader(loader.dataset, batch_sampler=indices, **options), strict=True):
+        yield DealtBatch(inputs, batch)
 
-    The places of the samples are pairs: of the batch in the order of the loader, and of the sample in it.
-    """
-    already = isinstance(getattr(loader, "sampler", None), DistributedSampler)
+
+def _without_repeats(order: list) -> list:
+    """The same batches, each index only where it comes first."""
+    seen, kept = set(), []
+    for entry in order:
+        batch = entry if isinstance(entry, list) else [entry]
+        new = [index for index in dict.fromkeys(batch) if index not in seen]
+        seen.update(new)
+        if new:
+            kept.append(new if isinstance(entry, list) else entry)
+    return kept
+
+
+def _by_turns(loader: DataLoader, place: Place) -> Iterator[DealtBatch]:
+    """Every N-th batch. Samples are pairs: the batch in the order of the loader, and the row in it."""
     for turn, inputs in enumerate(loader):
-        owner = place.rank if already else turn % place.world_size
-        if owner == place.rank:
-            number = turn * place.world_size + place.rank if already else turn
-            yield DealtBatch(inputs, [(number, row) for row in range(_rows(inputs))])
+        if turn % place.world_size == place.rank:
+            yield DealtBatch(inputs, [(turn, row) for row in range(_rows(inputs))])
 
 
-def micro_batches(slots: Sequence[Slot]) -> list[DealtBatch]:
+def _micro_batches(slots: Sequence[Slot]) -> list[DealtBatch]:
     """What a rank does in the micro-steps of one optimizer step."""
     return [DealtBatch(inputs, samples) for slot in slots for inputs, samples in zip(slot, slot.samples, strict=True)]
 

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..channel import channel
+from ..checksum import bit_sums
 from ..quiet import muted_prints
 from ..reduction import are_finite
 from ..stopping import StopRequest
@@ -103,8 +104,8 @@ class GuardMixin:
         """
         if topology().world_size == 1:
             return
-        weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
-        checksum = int(torch.stack([_bit_sum(weight) for weight in weights]).sum())
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        checksum = sum(bit_sums(trained).values())
         checksums = channel().gather("weights", checksum)
         others = [rank for rank, value in enumerate(checksums) if value != checksums[0]]
         if others:
@@ -138,10 +139,3 @@ class _GuardCallback(TrainerCallback):
         if self._trainer._stop_agreed:  # the checkpoint is written already, and time is short
             control.should_save = control.should_evaluate = False
         return control
-
-
-_SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bit_sum(weight: torch.Tensor) -> torch.Tensor:
-    return weight.contiguous().view(_SAME_SIZE_INTEGER[weight.element_size()]).sum(dtype=torch.int64)

@@ -8,7 +8,6 @@ reduction behind its last backward, so ranks may have any number of micro-batche
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 from .. import agreement, launch_hint
 from ..channel import channel
 from ..data import dealt
-from ..data.loader import PlannedDataLoader, count_items
+from ..data.loader import count_items
 from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import aggregation
@@ -30,12 +29,13 @@ from ..policies.aggregation import AggregationMethod
 from ..reduction import FlatReducer, LocalReducer
 from ..topology import topology, uses_cpu
 from . import loop_state
+from .loop_epoch import EpochMixin
 from .loop_evaluation import EvaluationMixin
 from .loop_stats import EpochStats, RankShare
 from .loop_step import StepMixin
 
 
-class MultiGPUTrainer(StepMixin, EvaluationMixin):
+class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
     """
     Trains a model of one's own on every process of the launch.
 
@@ -43,7 +43,7 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
     on any number of processes with the same effective batch: batch size of the loader x accumulation x processes.
 
     Args:
-        model ([`~torch.nn.Module`]): The model. Of what is trained rank 0's weights are taken; frozen weights and buffers have to be the same on every rank.
+        model ([`~torch.nn.Module`]): The model. Of what is trained rank 0's weights are taken; frozen weights and buffers are compared.
         num_gpus (`int`, *optional*): Processes that the script wants; by default those of the launch.
         aggregation_method ([`AggregationMethod`] or `str`, *optional*):
             How the losses of a step become one; `TOKEN_MEAN` by default where tokens can be counted, else `MEAN`.
@@ -106,6 +106,12 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
                 "gradient_sync='overlapped' is DistributedDataParallel's, and MultiGPUTrainer reduces after the backward. "
                 "Leave it at 'auto', or write the loop with Accelerator(kwargs_handlers=plugin.kwargs_handlers())."
             )
+        if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={gradient_accumulation_steps!r} is not a whole number from 1 on."
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm!r} is no norm above 0. Leave it out to clip nothing.")
         self.model = model
         self.optimizer_config = _config("optimizer_config", optimizer_config, torch.optim.AdamW, {"lr": 2e-5})
         self.scheduler_config = _config("scheduler_config", scheduler_config, None, {})
@@ -120,7 +126,9 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
         self.accelerator = None
         self.epoch = self.step_in_epoch = self.global_step = 0
         self.num_tokens = 0
-        self._planned, self._given = {}, []
+        # Of the epoch that is under way: what it was begun with, and the order where a sampler of one's own drew it.
+        self.epoch_facts, self.epoch_order = None, None
+        self._dealing, self._given = None, []
 
     # ---- Setting up ----
 
@@ -154,6 +162,7 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
         self._monitor = Monitor(accelerator.device)
         self.accelerator = accelerator
         agreement.compare(self._described())
+        agreement.check_frozen(self.model)
 
     @cached_property
     def place(self) -> dealt.Place:
@@ -183,8 +192,9 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
 
         Args:
             dataloader ([`~torch.utils.data.DataLoader`]):
-                Of the whole data set, not of a rank's part, the same on every rank. Its batch size is that of one
-                micro-batch on one rank. Batches that a sampler of one's own or a stream forms are taken by turns.
+                Of the whole data set, the same on every rank. Its batch size is that of one micro-batch on one rank. A
+                shuffle is that of `seed`, whatever generator the loader has. A sampler of one's own draws once for all
+                ranks, on rank 0, and its batches are taken by turns, as those of a stream are.
             max_steps (`int`, *optional*): Stop after so many optimizer steps; the next call goes on there.
             lengths (`Sequence[int]`, *optional*): Tokens of each sample; by default those of a column `input_ids`.
 
@@ -193,22 +203,28 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
 
         Raises:
             FloatingPointError: if a loss or gradient is not finite on some rank, unless `on_nonfinite="skip"`.
+            ValueError: for a loader that is dealt already, that differs between ranks, or that is not the one that the
+                epoch was begun with.
         """
         self.setup()
         self.model.train()
         began_s, first_step, first_token = time.perf_counter(), self.global_step, self.num_tokens
         loss, weight, samples = 0.0, 0.0, 0
-        stream = self._steps(dataloader, lengths)
+        epochs = self._begin(dataloader, lengths)
+        stream = epochs.steps(self.epoch, self.step_in_epoch, self.epoch_order)
         while max_steps is None or self.global_step - first_step < max_steps:
             self._monitor.begin_step()
             batches = next(stream, None)
             totals = self._step(batches)
             if totals is None:  # no rank has any data left
-                self.epoch, self.step_in_epoch = self.epoch + 1, 0
+                self._close_epoch()
                 break
             samples += sum(len(batch.samples) for batch in batches or ())
-            share = float(totals.items) if self.aggregation.method is AggregationMethod.TOKEN_MEAN else 1.0
-            loss, weight = loss + float(totals.loss) * share, weight + share
+            share = self._share(totals)
+            loss, weight = loss + (float(totals.loss) * share if share else 0.0), weight + share
+        else:
+            if self._is_over(epochs, stream):
+                self._close_epoch()
         ranks = self._shares(samples)
         return EpochStats(
             loss=loss / weight if weight else float("nan"),
@@ -218,37 +234,6 @@ class MultiGPUTrainer(StepMixin, EvaluationMixin):
             elapsed_s=time.perf_counter() - began_s,
             ranks=ranks,
         )
-
-    def _steps(self, dataloader: DataLoader, lengths: Sequence[int] | None):
-        """The micro-batches of this rank in each optimizer step that is left of the epoch."""
-        accumulation = self.gradient_accumulation_steps
-        planned = self._planned_loader(dataloader, lengths)
-        if planned is None:
-            stream = dealt.by_turns(dataloader, self.place)
-            for _ in islice(stream, self.step_in_epoch * accumulation):
-                continue
-            while batches := list(islice(stream, accumulation)):
-                yield batches
-            return
-        planned.batch_sampler.first_step = self.step_in_epoch
-        planned.set_epoch(self.epoch)
-        stream = iter(planned)
-        while slots := list(islice(stream, accumulation)):
-            yield dealt.micro_batches(slots)
-
-    def _planned_loader(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> PlannedDataLoader | None:
-        """Made once for each loader, which is kept so that no other takes its id."""
-        if id(dataloader) not in self._planned:
-            planned = dealt.for_training(
-                dataloader,
-                self.place,
-                self.gradient_accumulation_steps,
-                self.seed,
-                self.plugin.balance_tokens,
-                lengths,
-            )
-            self._planned[id(dataloader)] = (dataloader, planned)
-        return self._planned[id(dataloader)][1]
 
     def _shares(self, samples: int) -> tuple[RankShare, ...]:
         """What each rank did since the last call."""

@@ -20,7 +20,8 @@ class EvaluationMixin:
         This rank's batches of a loader, on its device, each sample on one rank: for a pass of one's own.
 
         Args:
-            dataloader ([`~torch.utils.data.DataLoader`]): Of the whole data set, the same on every rank.
+            dataloader ([`~torch.utils.data.DataLoader`]):
+                Of the whole data set, the same on every rank; what its `drop_last` would leave out comes too.
 
         Example:
 
@@ -31,9 +32,12 @@ class EvaluationMixin:
         """
         self.setup()
         self._given = []
-        for batch in dealt.for_evaluation(dataloader, self.place, self.plugin.balance_tokens):
+        for batch in self._dealt(dataloader):
             self._given += batch.samples
             yield send_to_device(batch.inputs, self.accelerator.device)
+
+    def _dealt(self, dataloader: DataLoader):
+        return dealt.for_evaluation(dataloader, self.place, self.plugin.balance_tokens, self._draw)
 
     def gather(self, results: Sequence | torch.Tensor) -> list | torch.Tensor:
         """
@@ -62,7 +66,7 @@ class EvaluationMixin:
     @torch.no_grad()
     def evaluate(self, dataloader: DataLoader) -> dict[str, float]:
         """
-        The mean loss over a loader: over all its tokens for `TOKEN_MEAN`, else over its samples.
+        The mean loss over a loader: over all its tokens for `TOKEN_MEAN`, else over its samples; nan if nothing has a loss.
 
         Args:
             dataloader ([`~torch.utils.data.DataLoader`]): Of the whole data set, the same on every rank.
@@ -74,9 +78,10 @@ class EvaluationMixin:
         was_training, began_s = self.model.training, time.perf_counter()
         self.model.eval()
         loss, weight, samples = 0.0, 0, 0
-        for batch in dealt.for_evaluation(dataloader, self.place, self.plugin.balance_tokens):
+        for batch in self._dealt(dataloader):
             by_tokens = self.aggregation.method is AggregationMethod.TOKEN_MEAN
-            share = self._count_items(batch.inputs) if by_tokens else len(batch.samples)
+            items = self._count_items(batch.inputs)
+            share = items if by_tokens or not items else len(batch.samples)
             samples += len(batch.samples)
             if share:
                 inputs = send_to_device(batch.inputs, self.accelerator.device)
@@ -84,7 +89,7 @@ class EvaluationMixin:
         self.model.train(was_training)
         losses, weights, counts = zip(*channel().gather("evaluation", [loss, weight, samples]), strict=True)
         return {
-            "eval_loss": sum(losses) / max(1, sum(weights)),
+            "eval_loss": sum(losses) / sum(weights) if any(weights) else float("nan"),
             "eval_samples": sum(counts),
             "eval_runtime": time.perf_counter() - began_s,
         }

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from .. import checkpoints, saving
 from ..channel import channel
+from ..policies.aggregation import AggregationMethod
 
 _WEIGHTS, _MOVING, _STATE = "trained.safetensors", "optimizer.pt", "trainer_state.json"
-_POSITION = ("epoch", "step_in_epoch", "global_step", "num_tokens")
+_POSITION = ("epoch", "step_in_epoch", "global_step", "num_tokens", "epoch_facts")
+_ORDER = "order.json"
 
 
 def save(trainer, folder: Path) -> Path:
@@ -48,6 +50,8 @@ def _write(trainer, staging: Path, folder: Path) -> None:
     save_file(_trained(trainer.model), staging / _WEIGHTS)
     torch.save({name: part.state_dict() for name, part in _moving(trainer).items()}, staging / _MOVING)
     (staging / _STATE).write_text(json.dumps(_described(trainer) | _position(trainer), indent=1))
+    if trainer.step_in_epoch and trainer.epoch_order is not None:
+        (staging / _ORDER).write_text(json.dumps(trainer.epoch_order))
     saving.follow_umask(staging)
     checkpoints.publish(staging, folder)
     shutil.rmtree(staging.parent, ignore_errors=True)
@@ -77,6 +81,8 @@ def load(trainer, folder: Path) -> None:
         part.load_state_dict(moved[name])
     for name in _POSITION:
         setattr(trainer, name, state[name])
+    order = folder / _ORDER
+    trainer.epoch_order = json.loads(order.read_text()) if order.exists() else None
     dice = folder / f"random_rank{trainer.place.rank}.pt"
     if dice.exists():  # a rank more than there were begins with dice of its own
         _throw(torch.load(dice, weights_only=True))
@@ -85,16 +91,20 @@ def load(trainer, folder: Path) -> None:
 def _described(trainer) -> dict[str, Any]:
     """What has to be as it was."""
     trained = sorted((name, list(tensor.shape)) for name, tensor in _trained(trainer.model).items())
-    return {
+    described = {
         "aggregation_method": trainer.aggregation.method.value,
-        "micro-batches of a step": trainer.gradient_accumulation_steps * trainer.place.world_size,
         "seed": trainer.seed,
         "optimizer, scheduler and scaler": sorted(_moving(trainer)),
         "trained tensors": json.loads(json.dumps(trained)),
     }
+    if (
+        trainer.aggregation.method is not AggregationMethod.TOKEN_MEAN
+    ):  # the only one that does not ask how a step is cut
+        described["micro-batches of a step"] = trainer.gradient_accumulation_steps * trainer.place.world_size
+    return described
 
 
-def _position(trainer) -> dict[str, int]:
+def _position(trainer) -> dict[str, Any]:
     return {name: getattr(trainer, name) for name in _POSITION}
 
 

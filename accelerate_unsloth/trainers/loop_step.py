@@ -66,12 +66,14 @@ class StepMixin:
         self.num_tokens += int(totals.tokens)
         logs = {"loss": float(totals.loss), "epoch": self.epoch, "num_tokens": self.num_tokens}
         logs["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        if totals.nonfinite_ranks:
+        skipped = bool(totals.nonfinite_ranks)
+        if skipped:
             self._handle_nonfinite(totals.nonfinite_ranks, samples)
         elif self.max_grad_norm is not None:
             logs["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
         self.optimizer.step()
-        if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
+        skipped = skipped or self.accelerator.optimizer_step_was_skipped  # the scaler's, where gradients overflow
+        if self.scheduler is not None and not skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
         if self.accelerator.is_main_process:

@@ -1,7 +1,7 @@
 """
 A model of one weight whose gradient is the value of its batch, and what goes wrong on one rank.
 
-    aggregate.py OUT mean|sum|"learning rate"|"not finite"|"an error on one rank"
+    aggregate.py OUT mean|sum|samples|frozen|"learning rate"|"not finite"|"an error on one rank"
 """
 
 import json
@@ -23,6 +23,8 @@ class Weight(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        frozen = torch.full((3,), float(what == "frozen" and topology().rank == 1))
+        self.frozen = torch.nn.Parameter(frozen, requires_grad=False)
 
 
 class Values(IterableDataset):
@@ -55,7 +57,8 @@ def main() -> None:
         before = model.weight.item()
 
     trainer.callbacks.append(note)
-    stats = trainer.train_epoch(DataLoader(Values(), batch_size=1))
+    rows = torch.ones(5 + topology().rank, 1) if what == "samples" else Values()
+    stats = trainer.train_epoch(DataLoader(rows, batch_size=1))
     counts = [rank.num_samples for rank in stats.ranks]
     if topology().rank == 0:
         found = {"gradients": gradients, "rank_batches": counts}

@@ -14,7 +14,9 @@ from accelerate_unsloth import FastLanguageModel, MultiGPUTrainer, UnslothPlugin
 import datasets
 import torch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
+
+from accelerate_unsloth.topology import topology
 
 
 def load(model_folder: str):
@@ -61,6 +63,10 @@ class Stream(IterableDataset):
 def loader_of(rows, options: dict) -> DataLoader:
     if options.get("stream"):
         return DataLoader(Stream(list(rows)), batch_size=options["batch"], collate_fn=pad)
+    if options.get("own_sampler"):  # which draws something else on each rank, and each time
+        generator = torch.Generator().manual_seed(topology().rank)
+        sampler = SubsetRandomSampler(range(len(rows)), generator=generator)
+        return DataLoader(rows, batch_size=options["batch"], sampler=sampler, collate_fn=pad)
     return DataLoader(rows, batch_size=options["batch"], shuffle=True, collate_fn=pad)
 
 

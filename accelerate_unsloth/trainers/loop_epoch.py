@@ -1,0 +1,70 @@
+"""Where an epoch of a loop of one's own stands, and which loader it is of."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from .. import agreement
+from ..channel import channel
+from ..data import dealt
+from ..policies.aggregation import AggregationMethod
+from ..reduction import StepTotals
+
+
+class EpochMixin:
+    """The epoch, for [`MultiGPUTrainer`]."""
+
+    def _begin(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> dealt.Epochs:
+        """How the loader is dealt, which is drawn at the first step of an epoch and kept until its last."""
+        epochs = self._deal(dataloader, lengths)
+        if self.step_in_epoch == 0:
+            self.epoch_facts, self.epoch_order = epochs.facts, self._draw(epochs.draw)
+        elif self.epoch_facts != epochs.facts:
+            begun = self.epoch_facts or {}
+            differ = [
+                f"{name}={begun.get(name)!r}, now {epochs.facts.get(name)!r}"
+                for name in {**begun, **epochs.facts}
+                if begun.get(name) != epochs.facts.get(name)
+            ]
+            raise ValueError(
+                f"Epoch {self.epoch} has done {self.step_in_epoch} steps of another loader: {'; '.join(differ)}. Go on with "
+                "that one, or set step_in_epoch = 0 to begin the epoch anew."
+            )
+        return epochs
+
+    def _deal(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> dealt.Epochs:
+        """The dealing of a loader, that of the last call where it is the same one."""
+        if self._dealing is not None and self._dealing[0] is dataloader and self._dealing[1] is lengths:
+            return self._dealing[2]
+        epochs = dealt.for_training(
+            dataloader,
+            self.place,
+            self.gradient_accumulation_steps,
+            self.seed,
+            self.plugin.balance_tokens,
+            lengths,
+        )
+        agreement.compare({f"{name} of the loader": value for name, value in epochs.facts.items()})
+        self._dealing = (dataloader, lengths, epochs)
+        return epochs
+
+    def _draw(self, draw: Callable[[], Any]) -> Any:
+        """What rank 0 draws, on every rank."""
+        return channel().gather("order", draw() if self.place.rank == 0 else None)[0]
+
+    def _share(self, totals: StepTotals) -> float:
+        """What a step weighs in the loss of its epoch: nothing if it was skipped, or had no loss."""
+        if totals.nonfinite_ranks or not totals.items:
+            return 0.0
+        return float(totals.items) if self.aggregation.method is AggregationMethod.TOKEN_MEAN else 1.0
+
+    def _is_over(self, epochs: dealt.Epochs, stream: Iterator) -> bool:
+        """Whether the last step was the epoch's too; a stream has to be read on to know."""
+        num_steps = epochs.num_steps(self.epoch_order)
+        if num_steps is not None:
+            return self.step_in_epoch == num_steps
+        return not any(channel().gather("samples left", next(stream, None) is not None))
+
+    def _close_epoch(self) -> None:
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
