@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from . import memory
 from .memory import GIB, ModelShape
+from .optimizer_state import state_bytes
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def estimate(
     Returns:
         [`Estimate`]
 
+    Raises:
+        ValueError: for a number below 1, or an optimizer that the Trainer does not know.
+
     Example:
 
     ```python
@@ -86,13 +90,16 @@ def estimate(
     5.3
     ```
     """
+    for name, value in {"r": r, "num_gpus": num_gpus}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Give one.")
     bytes_per_weight = memory.NF4_BYTES if load_in_4bit else 2
     adapters = shape.lora_values(r)
     return Estimate(
         weights_gib=(shape.stored_linear_values * bytes_per_weight + 2 * shape.embedding_values) / GIB,
         adapters_gib=4 * adapters / GIB,
         gradients_gib=4 * adapters / GIB,
-        optimizer_gib=memory.optimizer_bytes(optim) * adapters / GIB,
+        optimizer_gib=state_bytes(optim) * adapters / GIB,
         reduction_gib=4 * adapters / GIB if num_gpus > 1 else 0.0,
         workspace_gib=shape.workspace_bytes / GIB,
         context_gib=memory.CONTEXT_GIB,

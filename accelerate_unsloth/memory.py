@@ -28,22 +28,6 @@ _LOSS_SCRATCH_BYTES, _PLANNED_LOGIT_BYTES, _LOGIT_BYTES, _STATE_BYTES = 4 * GIB,
 # A CUDA context, cuBLAS workspaces and Triton's kernels; outside of what PyTorch counts.
 CONTEXT_GIB = 0.8
 
-# By the first words of the Trainer's `optim`: bytes of state a trainable value, longest name first.
-_OPTIMIZER_BYTES = {
-    "adamw_8bit": 2,
-    "adamw_bnb_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "lion_8bit": 1,
-    "paged_lion_8bit": 1,
-    "ademamix_8bit": 3,
-    "lion": 4,
-    "paged_lion": 4,
-    "sgd": 0,
-    "adafactor": 0,
-    "ademamix": 12,
-}
-_ADAM_BYTES = 8
-
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -186,26 +170,6 @@ class ModelShape:
     def workspace_bytes(self) -> int:
         """A weight taken out of 4 bits."""
         return 2 * self.hidden * max(self.intermediate, self.hidden)
-
-
-def optimizer_bytes(optim: str) -> int:
-    """
-    Bytes of optimizer state a trainable value.
-
-    Args:
-        optim (`str`): The Trainer's `optim`. Unknown ones are taken for AdamW in 32 bits.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.memory import optimizer_bytes
-    >>> optimizer_bytes("adamw_8bit"), optimizer_bytes("adamw_torch")
-    (2, 8)
-    ```
-    """
-    name = str(optim).lower()
-    known = [start for start in _OPTIMIZER_BYTES if name.startswith(start)]
-    return _OPTIMIZER_BYTES[max(known, key=len)] if known else _ADAM_BYTES
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ ROOMS += [
     "watchdog",
     "checksum",
     "reduction",
+    "optimizer_state",
     "memory",
     "shapes",
     "estimate",

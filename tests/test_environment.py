@@ -9,7 +9,18 @@ import pytest
 
 from accelerate_unsloth import environment
 from accelerate_unsloth.devices import Device
-from accelerate_unsloth.environment import NOTE, OK, PROBLEM, compiled_cache, hardware, launcher, libraries, space
+from accelerate_unsloth.environment import (
+    NOTE,
+    OK,
+    PROBLEM,
+    choices,
+    compiled_cache,
+    hardware,
+    launcher,
+    libraries,
+    probe,
+    space,
+)
 from accelerate_unsloth.environment.versions import compare
 
 from .launching import ROOT, clean_environment
@@ -190,10 +201,11 @@ def test_the_command_prints_a_table_and_status_0_where_training_works(tmp_path):
 
 
 def test_broken_imports_are_reported_as_json_with_status_1(tmp_path):
-    """A torchvision of another build, and an xformers that takes its process down."""
+    """A torchvision of another build, a PEFT that asks for more than there is, and a trl that takes its process down."""
     broken = {
         "torchvision": "raise RuntimeError('operator torchvision::nms does not exist')",
-        "xformers": "import os; os.kill(os.getpid(), 9)",
+        "peft": "from accelerate import not_there",
+        "trl": "import os; os.kill(os.getpid(), 9)",
     }
     for name, code in broken.items():
         (tmp_path / name).mkdir()
@@ -203,22 +215,87 @@ def test_broken_imports_are_reported_as_json_with_status_1(tmp_path):
     report = json.loads(done.stdout)
     problems = {f["subject"]: f["value"] for f in report["findings"] if f["verdict"] == PROBLEM}
     assert report["can_train"] is False
-    assert problems == {"import torchvision": NMS, "import xformers": "crashed with SIGKILL"}
+    assert problems["import torchvision"] == NMS
+    assert "cannot import name 'not_there'" in problems["import peft"]
+    assert problems["import trl"] == "crashed with SIGKILL"
+
+
+def test_an_import_that_fails_for_another_ones_sake_points_to_that_one():
+    errors = {
+        "torchvision": NMS,
+        "transformers": f"ImportError: cannot load. {NMS}",
+        "trl": "ImportError: something else",
+    }
+    loaded = libraries.Loaded({"torch": TORCH, **{name: {"error": error} for name, error in errors.items()}})
+    remedies = {finding.subject: finding.remedy for finding in libraries.findings(loaded, seen_by_driver=2)}
+    assert "Mend torchvision first" in remedies["import transformers"]
+    assert remedies["import trl"] == "Reinstall trl."
+
+
+def test_what_is_not_installed_is_said_once():
+    loaded = libraries.Loaded({"torch": TORCH, "trl": {"missing": True}, "bitsandbytes": {"missing": True}})
+    verdicts = {finding.subject: finding.verdict for finding in libraries.findings(loaded, seen_by_driver=2)}
+    assert "import trl" not in verdicts  # the versions say it
+    assert verdicts["import bitsandbytes"] == NOTE
+
+
+def test_a_launch_on_gpus_imports_unsloth_and_one_on_the_cpu_does_not():
+    assert {"unsloth", "bitsandbytes"} <= {load.__name__ for load in probe.to_load(visible_gpus=1)}
+    assert {"unsloth", "bitsandbytes"}.isdisjoint(load.__name__ for load in probe.to_load(visible_gpus=0))
+
+
+@pytest.mark.parametrize(("variable", "place"), [("HF_HUB_CACHE", "{}"), ("HF_HOME", "{}/hub")])
+def test_the_hubs_cache_is_where_the_hub_looks(variable, place, tmp_path):
+    program = "from accelerate_unsloth.environment import space; from pathlib import Path; print(space.findings(Path())[1].value)"
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=clean_environment({variable: str(tmp_path)}),
+    )
+    assert finished.stdout.endswith(f"free in {place.format(tmp_path)}\n"), finished.stderr
 
 
 def test_options_that_cannot_be_are_a_problem(monkeypatch):
-    from accelerate_unsloth.environment import choices
-
     monkeypatch.setenv("ACCELERATE_UNSLOTH_ENGINE", "unsloth")
     chosen = choices.findings(visible_gpus=0)
     assert chosen.engine is None
     assert not environment.can_train(chosen.findings)
 
 
-def test_the_policy_shown_is_the_one_of_all_gpus():
-    from accelerate_unsloth.environment import choices
+def shown(visible_gpus, total_gib=79.6, kernels=None):
+    devices = [Device(i, i, f"GPU-{i}", "H100", total_gib, total_gib, (9, 0), True) for i in range(visible_gpus)]
+    findings = choices.findings(visible_gpus, devices, kernels).findings
+    return [(finding.subject, finding.value) for finding in findings]
 
-    values = [finding.value for finding in choices.findings(visible_gpus=4).findings]
-    assert values[0].startswith("unsloth: 4 GPU(s)")
-    assert "4 process(es): after_backward" in values[1]
-    assert "4 process(es): overlapped" in values[2]
+
+SEGMENTS = {"runs_segments": True, "other": "", "prefers_cudnn": True, "has_varlen": True}
+
+
+def test_every_policy_is_shown_as_it_would_be_on_these_gpus():
+    values = shown(4, kernels=SEGMENTS)
+    assert [subject for subject, _ in values] == [
+        "engine", "gradient sync", "gradient sync", "attention", "gradient checkpointing", "micro-batches",
+    ]  # fmt: skip
+    texts = [value for _, value in values]
+    assert texts[0].startswith("unsloth: 4 GPU(s)")
+    assert "4 process(es): after_backward" in texts[1]
+    assert "4 process(es): overlapped" in texts[2]
+    assert "1,000 different lengths: varlen: all rows" in texts[3]
+    assert ": none: " in texts[4]
+    assert ": auto: at most " in texts[5]
+
+
+def test_policies_follow_the_memory_the_kernels_and_the_options(monkeypatch):
+    assert ": unsloth: " in dict(shown(1, total_gib=11.0))["gradient checkpointing"]
+    assert "does not fit 6.0 GiB" in dict(shown(1, total_gib=6.0))["gradient checkpointing"]
+    assert (
+        "xformers runs" in dict(shown(1, kernels={"runs_segments": False, "other": "xformers runs rows"}))["attention"]
+    )
+    assert "attention" not in dict(shown(1))  # Unsloth could not be asked
+    assert ": unchanged: the reference engine" in dict(shown(0))["attention"]
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_MICRO_BATCH", "fixed")
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_ATTENTION", "varlen")
+    values = dict(shown(1, kernels=SEGMENTS | {"has_varlen": False}))
+    assert values["micro-batches"].endswith("fixed: asked for")
+    assert "attention='varlen' cannot be had here" in values["attention"]

@@ -5,10 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+from typer.testing import CliRunner
 
 from accelerate_unsloth.bench.workload import DIMENSIONS, VOCABULARY
+from accelerate_unsloth.cli import app
 from accelerate_unsloth.estimate import estimate
 from accelerate_unsloth.memory import GIB, ModelShape
+from accelerate_unsloth.optimizer_state import state_bytes, state_bytes_or_adams
 
 from .launching import ROOT, clean_environment
 
@@ -66,6 +72,39 @@ def test_what_each_choice_costs_is_in_its_own_line():
     assert estimate(LLAMA_8B, optim="adamw_torch").optimizer_gib == pytest.approx(4 * one.optimizer_gib)
     assert estimate(LLAMA_8B, checkpointing=False).token_kib > 10 * one.token_kib
     assert estimate(LLAMA_8B, r=32).adapters_gib == pytest.approx(2 * one.adapters_gib)
+
+
+def test_the_state_of_every_optimizer_of_the_trainer_is_known():
+    for optim in OptimizerNames:
+        assert state_bytes(optim) == state_bytes(optim.value)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adagrad", "rmsprop"])
+def test_the_state_of_an_optimizer_is_what_it_keeps(optim):
+    """Those that run anywhere, made by the Trainer's own factory, after a step."""
+    weight = torch.nn.Linear(64, 64, bias=False)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=optim, use_cpu=True))
+    optimizer = kind(weight.parameters(), **options)
+    weight(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    held = sum(value.nbytes for value in kept if isinstance(value, torch.Tensor) and value.dim() == 2)
+    assert held == state_bytes(optim) * weight.weight.numel()
+
+
+def test_an_optimizer_that_the_trainer_does_not_know_is_refused():
+    with pytest.raises(ValueError, match=r"Did you mean 'adamw_8bit'\?"):
+        estimate(LLAMA_8B, optim="adamw_8bits")
+    assert state_bytes_or_adams("one of next year's") == 8
+
+
+@pytest.mark.parametrize(
+    "words", [("--gpu-gib", -1), ("--num-gpus", 0), ("--r", -16), ("--tokens", 0), ("--optim", "adamw_9bit")]
+)
+def test_numbers_that_cannot_be_are_refused(words):
+    answer = CliRunner().invoke(app, ["estimate-memory", "8B", *map(str, words)])
+    assert answer.exit_code == 2
+    assert words[0].strip("-") in answer.output
 
 
 def run(*words):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from accelerate_unsloth import memory
+from accelerate_unsloth import memory, optimizer_state
 from accelerate_unsloth.policies import attention, checkpointing, gradient_sync, micro_batch
 
 
@@ -157,7 +157,7 @@ def test_the_arithmetic_gives_the_weights_and_peaks_that_were_measured():
 
 def test_what_fits_shrinks_with_the_optimizer_and_grows_with_checkpointing():
     def fits(optim, checkpointing, left_gib=20):
-        optim_bytes = memory.optimizer_bytes(optim)
+        optim_bytes = optimizer_state.state_bytes(optim)
         return memory.tokens_that_fit(LLAMA_8B, left_gib * memory.GIB, 41_943_040, 4, optim_bytes, checkpointing)
 
     assert fits("adamw_torch", False) < fits("adamw_8bit", False) < fits("adamw_8bit", True)

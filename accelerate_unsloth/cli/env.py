@@ -10,9 +10,12 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 def env(as_json: bool = typer.Option(False, "--json", help="Print JSON and nothing else.")) -> None:
     """Check versions, libraries, GPUs, choices, caches and space. Status 1 if training cannot work."""
+    from rich.console import Console
+
     from .. import environment
 
-    findings = environment.examine()
+    with Console(stderr=True).status("Importing what a training would"):
+        findings = environment.examine()
     works = environment.can_train(findings)
     if as_json:
         typer.echo(json.dumps({"can_train": works, "findings": [asdict(finding) for finding in findings]}, indent=2))

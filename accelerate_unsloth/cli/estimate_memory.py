@@ -13,11 +13,11 @@ def estimate_memory(
     model_name: Annotated[
         str, typer.Argument(help="Hub id, the folder of a model or its config, or a size such as 8B.")
     ],
-    gpu_gib: Annotated[float, typer.Option(help="Memory of each GPU in GiB.")] = 24.0,
-    num_gpus: Annotated[int, typer.Option(help="Processes, one a GPU.")] = 1,
-    r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    gpu_gib: Annotated[float, typer.Option(min=0.1, help="Memory of each GPU in GiB.")] = 24.0,
+    num_gpus: Annotated[int, typer.Option(min=1, help="Processes, one a GPU.")] = 1,
+    r: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     optim: Annotated[str, typer.Option(help="The Trainer's optimizer.")] = "adamw_8bit",
-    tokens: Annotated[int, typer.Option(help="Tokens of the micro-batch whose peak is shown.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the micro-batch whose peak is shown.")] = 4096,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the model bring its own config class.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -27,12 +27,12 @@ def estimate_memory(
 
     try:
         shape = shapes.resolve(model_name, trust_remote_code).shape
+        estimates = {
+            case: estimate(shape, case[0] == 4, r, optim, checkpointing=case[1], num_gpus=num_gpus) for case in _CASES
+        }
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
-    estimates = {
-        case: estimate(shape, case[0] == 4, r, optim, checkpointing=case[1], num_gpus=num_gpus) for case in _CASES
-    }
     if as_json:
         typer.echo(json.dumps([_row(case, found, gpu_gib, tokens) for case, found in estimates.items()], indent=2))
     else:

@@ -1,19 +1,28 @@
-"""Which engine and which gradient synchronisation would be chosen here, and why: asked of the library itself."""
+"""Which engine and which policies would be chosen here, and why: asked of the library itself, for models that are named."""
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .. import engines
+from .. import engines, shapes
+from ..devices import Device
+from ..estimate import estimate
 from ..plugin import UnslothPlugin
-from ..policies import gradient_sync
+from ..policies import attention, checkpointing, gradient_sync, micro_batch
 from ..topology import Topology, uses_cpu
-from .finding import PROBLEM, Finding
+from .finding import NOTE, PROBLEM, Finding
 
-# What the choice depends on is the model, which is not known here: these two stand for the usual cases.
-_EXAMPLES = {
-    "LoRA on 8 B parameters": {"trainable": 42_000_000, "total": 8_000_000_000},
-    "8 B parameters, all trained": {"trainable": 8_000_000_000, "total": 8_000_000_000},
+# What a choice depends on is the model, which is not known here: these stand for the usual cases.
+_LORA, _ALL = "LoRA on 8 B parameters", "8 B parameters, all trained"
+_SIZES = {
+    _LORA: {"trainable": 42_000_000, "total": 8_000_000_000},
+    _ALL: {"trainable": 8_000_000_000, "total": 8_000_000_000},
 }
+_MODEL, _ROW_TOKENS, _ROWS_OF_A_STEP, _LENGTHS = "8B", 2048, 8, 1000
+_PLANNED = f"{_LORA} in 4 bits, rows of {_ROW_TOKENS:,} tokens"
+
+# What `kernels` says where Unsloth is not loaded.
+_NO_KERNELS = {"runs_segments": False, "other": "the reference engine leaves it to transformers"}
 
 
 @dataclass(frozen=True)
@@ -22,12 +31,14 @@ class Choices:
     findings: tuple[Finding, ...]
 
 
-def findings(visible_gpus: int) -> Choices:
+def findings(visible_gpus: int, devices: Sequence[Device] = (), kernels: dict | None = None) -> Choices:
     """
     Resolve what the library would, with the options of this environment.
 
     Args:
         visible_gpus (`int`): GPUs that torch can use.
+        devices (`Sequence[Device]`, *optional*): Those that are visible, for their memory.
+        kernels (`dict`, *optional*): Arguments of `attention.resolve`, as the probe read them off Unsloth.
     """
     use_cpu = uses_cpu()
     try:
@@ -35,9 +46,73 @@ def findings(visible_gpus: int) -> Choices:
         engine = engines.resolve(plugin.engine, 0 if use_cpu else visible_gpus, use_cpu)
     except ValueError as error:
         return Choices(None, (Finding("options", str(error), PROBLEM),))
-    found = [Finding("engine", f"{engine.name}: {engine.reason}")]
     processes = Topology.from_environment().world_size if "WORLD_SIZE" in os.environ else max(visible_gpus, 1)
-    for name, size in _EXAMPLES.items():
-        sync = gradient_sync.resolve(plugin.gradient_sync, processes, loss_takes_item_count=True, **size)
-        found.append(Finding("gradient sync", f"{name}, {processes} process(es): {sync.mode}: {sync.reason}"))
+    found = [
+        Finding("engine", f"{engine.name}: {engine.reason}"),
+        *_synchronisation(plugin, processes),
+        *_attention(plugin, engine.name, kernels),
+        *_cut(
+            plugin, min((d.total_gib for d in devices), default=None) if engine.name == "unsloth" else None, processes
+        ),
+    ]
     return Choices(engine.name, tuple(found))
+
+
+def engine_name(visible_gpus: int) -> str | None:
+    """The engine that would be chosen; `None` if the options do not allow one."""
+    return findings(visible_gpus).engine
+
+
+def _synchronisation(plugin: UnslothPlugin, processes: int) -> Iterator[Finding]:
+    for name, size in _SIZES.items():
+        sync = gradient_sync.resolve(plugin.gradient_sync, processes, loss_takes_item_count=True, **size)
+        yield Finding("gradient sync", f"{name}, {processes} process(es): {sync.mode}: {sync.reason}")
+
+
+def _attention(plugin: UnslothPlugin, engine: str, kernels: dict | None) -> Iterator[Finding]:
+    if engine == "unsloth" and kernels is None:
+        return  # Unsloth could not be asked, which is a finding of its own
+    facts = {"prefers_cudnn": False, "has_varlen": False} | (kernels or _NO_KERNELS)
+    try:
+        chosen = attention.resolve(
+            plugin.attention,
+            facts["runs_segments"],
+            facts["other"],
+            facts["prefers_cudnn"],
+            _LENGTHS,
+            facts["has_varlen"],
+        )
+    except ValueError as error:
+        yield Finding("attention", str(error), PROBLEM)
+        return
+    yield Finding("attention", f"rows of {_LENGTHS:,} different lengths: {chosen.backend}: {chosen.reason}")
+
+
+def _cut(plugin: UnslothPlugin, gpu_gib: float | None, processes: int) -> Iterator[Finding]:
+    """Checkpointing and micro-batches, of a model that is trained on the smallest GPU; on a CPU neither is planned."""
+    kept = recomputed = 0
+    if gpu_gib is not None:
+        shape = shapes.resolve(_MODEL).shape
+        kept, recomputed = (
+            estimate(shape, checkpointing=recompute, num_gpus=processes).largest_micro_batch(
+                gpu_gib, plugin.memory_fraction
+            )
+            for recompute in (False, True)
+        )
+        if recomputed < _ROW_TOKENS:
+            why = f"{_PLANNED}: does not fit {gpu_gib:.1f} GiB"
+            remedy = "`accelerate-unsloth estimate-memory MODEL` shows what a smaller one takes."
+            yield Finding("gradient checkpointing", why, NOTE, remedy)
+            return
+        kept = max(1, kept)  # 0 would tell the policy that nothing is known
+    rank_tokens = _ROWS_OF_A_STEP * _ROW_TOKENS
+    recompute = checkpointing.resolve(plugin.gradient_checkpointing, False, kept, recomputed, _ROW_TOKENS, rank_tokens)
+    yield Finding("gradient checkpointing", f"{_PLANNED}: {recompute.mode}: {recompute.reason}")
+    fits = (recomputed if recompute.mode == "unsloth" else kept) if gpu_gib is not None else None
+    overlapped = plugin.gradient_sync == "overlapped"
+    try:
+        cut = micro_batch.resolve(plugin.micro_batch, True, overlapped, plugin.micro_batch_tokens, fits, _ROW_TOKENS)
+    except ValueError as error:
+        yield Finding("micro-batches", str(error), NOTE)
+        return
+    yield Finding("micro-batches", f"{_PLANNED}: {cut.mode}: {cut.reason}")

@@ -1,14 +1,23 @@
-"""Whether torch, torchvision and xformers can be imported here, and whether torch reaches the GPUs."""
+"""Whether the libraries that train can be imported here, and whether torch reaches the GPUs."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .finding import NOTE, OK, PROBLEM, Finding
+
+# What is not there: how bad that is, and what it is for.
+_USES = {
+    "torch": (PROBLEM, "nothing trains without it"),
+    "torchvision": (OK, "models with images need it"),
+    "xformers": (OK, "optional, PyTorch's attention is used"),
+    "bitsandbytes": (NOTE, "4-bit weights and 8-bit optimizers need it"),
+}
 
 _PACKAGE_PARENT = Path(__file__).parents[2]
 
@@ -30,10 +39,12 @@ def load(timeout_s: int = 180) -> Loaded:
     """Import them in a process of their own."""
     path = os.pathsep.join(filter(None, [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "accelerate_unsloth.environment.probe"]
-    environment = os.environ | {"PYTHONPATH": path}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        done = subprocess.run(command, timeout=timeout_s, env=environment, **streams)
+        # What Unsloth writes when it is imported shall neither stay here, nor be taken from here.
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"PYTHONPATH": path, "UNSLOTH_COMPILE_LOCATION": cache}
+            done = subprocess.run(command, timeout=timeout_s, env=environment, **streams)
     except subprocess.TimeoutExpired as error:
         return read((error.stdout or b"").decode(), f"had not ended after {timeout_s} s")
     return read(done.stdout.decode(), _how_it_ended(done.returncode))
@@ -71,7 +82,11 @@ def findings(loaded: Loaded, seen_by_driver: int) -> list[Finding]:
         seen_by_driver (`int`): Visible GPUs, as the driver counts them.
     """
     torch = loaded.records.get("torch", {})
-    found = [judge(name, record, torch.get("version")) for name, record in loaded.records.items()]
+    found, failed = [], {}
+    for name, record in loaded.records.items():
+        if not record.get("missing") or name in _USES:  # a missing requirement is among the versions
+            found.append(_blame_the_first(judge(name, record, torch.get("version")), failed))
+        failed |= {record["error"]: name} if "error" in record else {}
     if loaded.crashed_in:
         remedy = f"Run `python -c 'import {loaded.crashed_in}'` to see why, and reinstall or remove it."
         found.append(Finding(f"import {loaded.crashed_in}", loaded.crash, PROBLEM, remedy))
@@ -101,10 +116,14 @@ def judge(name: str, record: dict, torch_version: str | None) -> Finding:
 
 
 def _judge_missing(name: str, subject: str) -> Finding:
-    if name == "torch":
-        return Finding(subject, "not installed", PROBLEM, "pip install torch")
-    use = "models with images need it" if name == "torchvision" else "optional, PyTorch's attention is used"
-    return Finding(subject, f"not installed; {use}")
+    verdict, use = _USES[name]
+    return Finding(subject, f"not installed; {use}", verdict, "" if verdict == OK else f"pip install {name}")
+
+
+def _blame_the_first(finding: Finding, failed: dict[str, str]) -> Finding:
+    """What cannot be imported because of another is no fault of its own."""
+    cause = next((name for error, name in failed.items() if " ".join(error.split()) in finding.value), None)
+    return finding if cause is None else replace(finding, remedy=f"Mend {cause} first, which fails the same way.")
 
 
 def _build(torch_version: str | None) -> str:

@@ -1,8 +1,9 @@
 """Free space: for checkpoints, for models from the hub, and for what processes share in memory."""
 
-import os
 import shutil
 from pathlib import Path
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from .finding import NOTE, OK, PROBLEM, Finding
 
@@ -16,12 +17,12 @@ def findings(here: Path) -> list[Finding]:
     Args:
         here (`Path`): Where output would be written.
     """
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(HF_HUB_CACHE)
     found = [
         judge("disk here", here, _free_gib(here), scarce_gib=10, least_gib=0.5, remedy="Free some, or train elsewhere."),
         judge(
             "disk of the Hugging Face cache", cache, _free_gib(cache), scarce_gib=20, least_gib=0.5,
-            remedy="Free some, or set HF_HOME to a folder on a larger disk.",
+            remedy="Free some, or set HF_HOME, or HF_HUB_CACHE alone, to a folder on a larger disk.",
         ),
     ]  # fmt: skip
     shared = Path("/dev/shm")

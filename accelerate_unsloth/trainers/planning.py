@@ -13,7 +13,7 @@ from ..engines.loaded import choice
 # isort: split
 from torch.utils.data import IterableDataset
 
-from .. import memory
+from .. import memory, optimizer_state
 from ..channel import channel
 from ..data.balance import RowCost
 from ..data.lengths import count_different, lengths_of
@@ -173,7 +173,7 @@ class PlanningMixin:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         left_bytes = memory.read(self.args.device, self.plugin.memory_fraction).left_bytes
         parameters, width = sum(p.numel() for p in trainable), max((p.element_size() for p in trainable), default=4)
-        state_bytes = memory.optimizer_bytes(self.args.optim)
+        state_bytes = optimizer_state.state_bytes_or_adams(self.args.optim)
         fitting = [
             memory.tokens_that_fit(shape, left_bytes, parameters, width, state_bytes, recompute)
             for recompute in (False, True)

@@ -8,7 +8,7 @@ import gc
 
 import torch
 
-from .. import memory
+from .. import memory, optimizer_state
 from ..channel import channel
 from ..data.sampler import EffectiveBatchSampler
 from ..engines import kernels
@@ -62,7 +62,7 @@ class ProbeMixin:
         device, trainable = self.args.device, [p for p in self.model.parameters() if p.requires_grad]
         self.current_gradient_accumulation_steps = 1
         self._step_items = torch.as_tensor(self._count_items(batch), device=device, dtype=torch.float64)
-        state_bytes = memory.optimizer_bytes(self.args.optim) * sum(p.numel() for p in trainable)
+        state_bytes = optimizer_state.state_bytes_or_adams(self.args.optim) * sum(p.numel() for p in trainable)
         if self.optimizer is not None and any(self.optimizer.state.values()):
             state_bytes = 0  # a resumed run has it already
         fits, stand_in = True, None

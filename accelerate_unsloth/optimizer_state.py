@@ -1,0 +1,54 @@
+"""How much memory an optimizer keeps for each value that it trains."""
+
+import difflib
+from typing import Any
+
+# By the Trainer's `optim`: the states of each with the Trainer's own arguments (transformers 5.17, `trainer_optimizer.py`), times
+# the bytes of one. Paged states are counted as on the GPU, where they are while memory lasts. GaLore and APOLLO project what
+# they keep, by a rank that only the run knows: theirs is the most it can be.
+_STATE_BYTES = {
+    **dict.fromkeys(("sgd", "adafactor", "lomo", "adalomo", "galore_adafactor", "galore_adafactor_layerwise"), 0),
+    **dict.fromkeys(("adamw_torch_4bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), 2),
+    **dict.fromkeys(("galore_adamw_8bit", "galore_adamw_8bit_layerwise"), 2),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "adagrad", "schedule_free_sgd"), 4),
+    **dict.fromkeys(("rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit"), 4),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"), 8),
+    **dict.fromkeys(("adamw_anyprecision", "paged_adamw_32bit", "stable_adamw"), 8),
+    **dict.fromkeys(("galore_adamw", "galore_adamw_layerwise", "apollo_adamw", "apollo_adamw_layerwise"), 8),
+    **dict.fromkeys(("schedule_free_radam", "schedule_free_adamw"), 8),
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit", "grokadamw"), 12),
+}
+_ADAM_BYTES = 8
+
+
+def state_bytes(optim: Any) -> int:
+    """
+    Bytes of optimizer state a trainable value.
+
+    Args:
+        optim (`str` or [`~transformers.training_args.OptimizerNames`]): The Trainer's `optim`.
+
+    Raises:
+        ValueError: for a name that the Trainer does not know.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.optimizer_state import state_bytes
+    >>> state_bytes("adamw_8bit"), state_bytes("adamw_torch")
+    (2, 8)
+    ```
+    """
+    name = getattr(optim, "value", optim)
+    if name not in _STATE_BYTES:
+        close = difflib.get_close_matches(str(name), _STATE_BYTES, n=1)
+        advice = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(sorted(_STATE_BYTES))}."
+        raise ValueError(f"optim={name!r} is not an optimizer of the Trainer's. {advice}")
+    return _STATE_BYTES[name]
+
+
+def state_bytes_or_adams(optim: Any) -> int:
+    """As [`state_bytes`]; for a name that a later Trainer knows, what AdamW in 32 bits keeps."""
+    return _STATE_BYTES.get(getattr(optim, "value", optim), _ADAM_BYTES)
