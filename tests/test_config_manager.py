@@ -160,6 +160,56 @@ def test_the_memory_fraction_of_the_environment_is_used_and_said(monkeypatch):
     assert "0.5 of it may be used" in config.assumptions["memory"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "checkpointing", "tokens", "said"),
+    [
+        (
+            {"GRADIENT_CHECKPOINTING": "unsloth"},
+            True,
+            "recomputed",
+            "recomputed, for steps of 8 full rows a process: asked",
+        ),
+        ({"GRADIENT_CHECKPOINTING": "none"}, False, "kept", "kept, for steps of 8 full rows a process: asked for"),
+        ({"MICRO_BATCH": "fixed"}, False, None, "as the script cuts them: asked for; up to "),
+        ({"GRADIENT_SYNC": "overlapped"}, False, None, "as the script cuts them: overlapped ranks meet"),
+        ({"MICRO_BATCH_TOKENS": "4096"}, False, 4096, "at most 4,096 tokens, 2 full rows"),
+    ],
+)
+def test_what_the_environment_asks_for_is_obeyed(variables, checkpointing, tokens, said, monkeypatch, tmp_path):
+    fits = {mode: fitting(mode == "recomputed") for mode in ("kept", "recomputed")}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ACCELERATE_UNSLOTH_{name}", value)
+    manager = ConfigManager()
+    config = manager.get_optimal_config("7B", available_memory="80GB", num_gpus=4)
+    assert config["enable_gradient_checkpointing"] is checkpointing
+    assert config["plugin"].micro_batch_tokens == fits.get(tokens, tokens)
+    assert said in config.explain()
+    assert manager.validate(config) == []
+    manager.save(config, tmp_path / "config.yaml")
+    assert manager.load(tmp_path / "config.yaml") == dict(config)
+
+
+def fitting(recompute):
+    """Tokens of the largest micro-batch of a 7B model on each of 4 GPUs of 80 GB."""
+    shape, gpu_gib = shapes.resolve("7B").shape, 80e9 / 2**30
+    return estimate(shape, checkpointing=recompute, num_gpus=4).largest_micro_batch(gpu_gib)
+
+
+def test_what_fits_only_with_recomputation_is_refused_where_that_is_ruled_out(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING", "none")
+    with pytest.raises(ValueError, match=r"with activations kept\. .* Let activations be recomputed"):
+        ConfigManager().get_optimal_config("8B", available_memory="10GB", num_gpus=1)
+
+
+def test_templates_are_the_same_under_any_environment(monkeypatch):
+    plain = ConfigManager().templates()
+    options = {"GRADIENT_CHECKPOINTING": "none", "MICRO_BATCH": "fixed", "MEMORY_FRACTION": "0.1", "MONITOR": "0"}
+    for name, value in options.items():
+        monkeypatch.setenv(f"ACCELERATE_UNSLOTH_{name}", value)
+    assert ConfigManager().templates() == plain
+    assert all(ConfigManager().validate(config) == [] for config in plain.values())
+
+
 def test_every_assumption_is_said():
     config = manager.get_optimal_config("13B", "48 GB", 3, max_seq_length=1024, load_in_4bit=False, r=8, optim="sgd")
     assert config.assumptions["model"] == "13B, with the dims of Llama-2-13B"

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import shapes
 from ..devices import Device, DeviceManager
 from ..plugin import UnslothPlugin
+from ..policies import micro_batch
+from ..policies.micro_batch import MicroBatchChoice
 from ..topology import Topology
 from . import amounts, checks, files, templates
 from .explained import ExplainedConfig
@@ -54,7 +57,7 @@ class ConfigManager:
 
         Decided are the number of processes, the largest micro-batch, and whether activations are recomputed, which wins
         over the script. None of them changes the samples of a step or its loss, and the batch stays the script's. What the
-        script has to do for the arithmetic to hold is in `assumptions`.
+        script has to do for the arithmetic to hold is in `assumptions`. What `ACCELERATE_UNSLOTH_*` variables say is obeyed.
 
         Args:
             model_size (`str`, `Path`, [`~transformers.PreTrainedConfig`] or [`ModelShape`], *optional*, defaults to `"7B"`):
@@ -94,7 +97,23 @@ class ConfigManager:
         """
         for name, value in {"num_gpus": num_gpus, "max_seq_length": max_seq_length, "r": r}.items():
             _check_whole_number(name, value, may_be_none=name == "num_gpus")
-        named, fraction = shapes.resolve(model_size), UnslothPlugin().memory_fraction
+        return self._work_out(
+            UnslothPlugin(), model_size, available_memory, num_gpus, max_seq_length, load_in_4bit, r, optim
+        )
+
+    def _work_out(
+        self,
+        plugin: UnslothPlugin,
+        model_size: Any,
+        available_memory: str | float | None,
+        num_gpus: int | None,
+        max_seq_length: int = 2048,
+        load_in_4bit: bool = True,
+        r: int = 16,
+        optim: str = "adamw_8bit",
+    ) -> ExplainedConfig:
+        """As `get_optimal_config`, with options that are given."""
+        named = shapes.resolve(model_size)
         processes, counted = self._processes(num_gpus)
         gpu_gib, read = self._memory(available_memory, processes)
         work = Workload(
@@ -106,14 +125,22 @@ class ConfigManager:
             max_seq_length=max_seq_length,
             num_gpus=processes or 2,  # where it is open, with the buffer that several need
             gpu_gib=gpu_gib,
-            fraction=fraction,
+            fraction=plugin.memory_fraction,
         )
-        found = fit(work)
+        found = fit(work, plugin.gradient_checkpointing)
+        cut = micro_batch.resolve(
+            plugin.micro_batch,
+            True,
+            plugin.gradient_sync == "overlapped",
+            plugin.micro_batch_tokens,
+            found.tokens,
+            max_seq_length,
+        )
         options: dict[str, Any] = {} if processes is None else {"num_gpus": processes}
         options["enable_gradient_checkpointing"] = found.checkpointing.mode == "unsloth"
-        options["plugin"] = UnslothPlugin(micro_batch_tokens=found.tokens)
-        memory = f"{read}; {fraction:g} of it may be used"
-        return ExplainedConfig(options, {**_assumptions(work, found), "processes": counted, "memory": memory})
+        options["plugin"] = replace(plugin, micro_batch_tokens=cut.token_budget)
+        memory = f"{read}; {plugin.memory_fraction:g} of it may be used"
+        return ExplainedConfig(options, {**_assumptions(work, found, cut), "processes": counted, "memory": memory})
 
     def validate(self, config: Any) -> list[str]:
         """
@@ -184,7 +211,8 @@ class ConfigManager:
         Configurations of the usual cases: one small GPU, two T4s, four GPUs of 24 GB, eight of 80 GB, a CPU dry run.
 
         Returns:
-            `dict[str, ExplainedConfig]`: by name; each one a copy of its own, whose `assumptions` say what it is for.
+            `dict[str, ExplainedConfig]`: by name; each one a copy of its own, whose `assumptions` say what it is for, and
+            whose options are the same under any `ACCELERATE_UNSLOTH_*` variables.
 
         Example:
 
@@ -194,7 +222,8 @@ class ConfigManager:
         ['one_small_gpu', 'two_t4_fp16', 'four_24gb', 'eight_80gb', 'cpu_dry_run']
         ```
         """
-        found = {name: self.get_optimal_config(**case) for name, case in templates.GPU_CASES.items()}
+        plugin = templates.plain_plugin()
+        found = {name: self._work_out(plugin, **case) for name, case in templates.GPU_CASES.items()}
         for name, remarks in templates.REMARKS.items():
             found[name].assumptions.update(remarks)
         return {**found, "cpu_dry_run": templates.cpu_dry_run()}
@@ -242,13 +271,16 @@ def _check_whole_number(name: str, value: Any, may_be_none: bool) -> None:
         raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Give one.")
 
 
-def _assumptions(work: Workload, found: Fit) -> dict[str, str]:
+def _assumptions(work: Workload, found: Fit, cut: MicroBatchChoice) -> dict[str, str]:
     chosen = "recomputed" if found.checkpointing.mode == "unsloth" else "kept"
+    if cut.token_budget is None:
+        cutting = f"as the script cuts them: {cut.reason}; up to {found.tokens:,} tokens fit"
+    else:
+        cutting = f"at most {cut.token_budget:,} tokens, {cut.token_budget // work.max_seq_length} full rows"
     return {
         "model": work.name,
         "script": f"load_in_4bit={work.load_in_4bit}, max_seq_length={work.max_seq_length}, r={work.r} on all linear "
         f"layers, optim={work.optim!r}",
         "activations": f"{chosen}, for steps of {ROWS_OF_A_STEP} full rows a process: {found.checkpointing.reason}",
-        "micro-batches": f"at most {found.tokens:,} tokens, {found.tokens // work.max_seq_length} full rows; the "
-        "samples of a step stay the script's",
+        "micro-batches": f"{cutting}; the samples of a step stay the script's",
     }

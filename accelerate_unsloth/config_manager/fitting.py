@@ -44,40 +44,47 @@ class Fit:
     tokens: int  # of the largest micro-batch under that choice
 
 
-def fit(work: Workload) -> Fit:
+def fit(work: Workload, requested: str = "auto") -> Fit:
     """
     Choose whether activations are recomputed, as the trainer does it, for rows of full length.
 
+    Args:
+        work ([`Workload`]): What is to be trained.
+        requested (`str`, *optional*, defaults to `"auto"`): The plugin's `gradient_checkpointing`.
+
     Raises:
-        ValueError: if not even one row fits with recomputation, with the arithmetic and what would fit.
+        ValueError: if not even one row fits, with recomputation unless that was ruled out, with the arithmetic and what
+            would fit.
     """
     without, with_ = work.tokens(recompute=False), work.tokens(recompute=True)
-    if with_ < work.max_seq_length:
-        raise ValueError(_too_small(work))
+    if (without if requested == "none" else with_) < work.max_seq_length:
+        raise ValueError(_too_small(work, recompute=requested != "none"))
     step = ROWS_OF_A_STEP * work.max_seq_length
     # 0 would tell the policy that nothing is known.
-    choice = checkpointing.resolve("auto", False, max(1, without), with_, work.max_seq_length, step)
+    choice = checkpointing.resolve(requested, False, max(1, without), with_, work.max_seq_length, step)
     return Fit(choice, with_ if choice.mode == "unsloth" else without)
 
 
-def _too_small(work: Workload) -> str:
-    held = work.estimate(recompute=True)
+def _too_small(work: Workload, recompute: bool) -> str:
+    held = work.estimate(recompute)
     peak, limit = held.most_gib(work.max_seq_length), work.gpu_gib * work.fraction
     return (
         f"{work.name}, in {work.bits} bits, does not fit {work.gpu_gib:.1f} GiB: each GPU holds "
         f"{held.weights_gib:.2f} GiB of weights, {held.adapters_gib + held.gradients_gib + held.optimizer_gib:.2f} of "
         f"adapters, gradients and optimizer, {held.reduction_gib + held.workspace_gib:.2f} of buffers and "
         f"{held.context_gib:.2f} of CUDA's, and a row of {work.max_seq_length:,} tokens takes "
-        f"{peak - held.resting_gib:.2f} with activations recomputed. That is {peak:.2f} GiB, and {work.fraction:g} of "
-        f"the memory is {limit:.2f}. {_remedies(work, peak)}"
+        f"{peak - held.resting_gib:.2f} with activations {'recomputed' if recompute else 'kept'}. That is {peak:.2f} GiB, "
+        f"and {work.fraction:g} of the memory is {limit:.2f}. {_remedies(work, peak, recompute)}"
     )
 
 
-def _remedies(work: Workload, peak_gib: float) -> str:
+def _remedies(work: Workload, peak_gib: float, recompute: bool) -> str:
     ways = []
-    if work.tokens(True, load_in_4bit=True) >= work.max_seq_length:
+    if not recompute and work.tokens(True) >= work.max_seq_length:
+        ways.append("let activations be recomputed (gradient_checkpointing='auto')")
+    if work.tokens(recompute, load_in_4bit=True) >= work.max_seq_length:
         ways.append("set load_in_4bit=True")
-    if tokens := work.tokens(recompute=True):
+    if tokens := work.tokens(recompute):
         ways.append(f"lower max_seq_length to at most {tokens:,}")
     ways += ["choose a smaller model", f"use GPUs of at least {peak_gib / work.fraction:.1f} GiB"]
     advice = ", ".join(ways[:-1]) + " or " + ways[-1]

@@ -1,5 +1,8 @@
 """The usual cases: machines that many people have, with a model that fits them."""
 
+from dataclasses import fields
+from typing import Any
+
 from ..plugin import UnslothPlugin
 from .explained import ExplainedConfig
 
@@ -19,10 +22,18 @@ REMARKS = {
 }
 
 
+def plain_plugin(**options: Any) -> UnslothPlugin:
+    """A plugin of defaults, whatever the environment says, and `options`."""
+    plugin = UnslothPlugin()
+    for option in fields(plugin):
+        setattr(plugin, option.name, options.get(option.name, option.metadata["default"]))
+    return plugin
+
+
 def cpu_dry_run() -> ExplainedConfig:
     """Two CPU processes, to see a script run before it costs GPU time."""
     return ExplainedConfig(
-        {"num_gpus": 2, "ddp_backend": "gloo", "plugin": UnslothPlugin(engine="reference")},
+        {"num_gpus": 2, "ddp_backend": "gloo", "plugin": plain_plugin(engine="reference")},
         {
             "processes": "2 on the CPU, as `accelerate-unsloth config path unsloth_ddp_cpu` launches them",
             "engine": "transformers and PEFT, because Unsloth's kernels need a GPU",
