@@ -3,14 +3,21 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 
 from . import configs
 from .topology import topology
 
+# The module that runs the script, for `python -m MODULE script.py`: in there nothing else tells.
+run_through: str | None = None
 
-def command(num_processes: int, config: str = "unsloth_ddp") -> str:
+# Where a process has no script that a launcher could start: `python -c`, a session, standard input, a notebook's kernel.
+_NO_SCRIPT = ("-c", "", "-", "ipykernel_launcher.py", "colab_kernel_launcher.py")
+
+
+def command(num_processes: int, config: str = "unsloth_ddp", of: Sequence[str] | None = None) -> str:
     """
-    The `accelerate launch` command for the running script and its arguments.
+    The `accelerate launch` command for a script and its arguments; by default those that run.
 
     Example:
 
@@ -21,12 +28,14 @@ def command(num_processes: int, config: str = "unsloth_ddp") -> str:
     ```
     """
     words = ["accelerate", "launch", "--num_processes", str(num_processes), "--config_file", str(configs.path(config))]
-    return shlex.join([*words, *script()])
+    return shlex.join([*words, *(script() if of is None else of)])
 
 
 def script() -> list[str]:
     """The running script, or `-m` and the running module, with its arguments."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if run_through is not None and (spec is None or spec.name.removesuffix(".__main__") != run_through):
+        return ["-m", run_through, *sys.argv]
     return sys.argv if spec is None else ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
@@ -34,16 +43,25 @@ def needed(num_processes: int, visible_gpus: int) -> str:
     """What to say to someone who asked for `num_processes` and started one."""
     where = "" if visible_gpus else " as a dry run on the CPU, because no GPU is visible"
     config = "unsloth_ddp" if visible_gpus else "unsloth_ddp_cpu"
+    text = f"accelerate_unsloth: num_gpus={num_processes} takes {num_processes} processes, and this "
+    if is_a_file():
+        return f"{text}script was started as 1. Start it{where} with:\n  {command(num_processes, config)}"
     return (
-        f"accelerate_unsloth: num_gpus={num_processes} takes {num_processes} processes, and this script was started as "
-        f"1. Start it{where} with:\n  {command(num_processes, config)}"
+        f"{text}code runs as 1, from no file that a launcher could start. Save it as train.py, and start it{where} with:\n"
+        f"  {command(num_processes, config, ['train.py'])}"
     )
+
+
+def is_a_file() -> bool:
+    """Whether this process runs a script or module."""
+    return os.path.basename(script()[0]) not in _NO_SCRIPT
 
 
 def show(visible_gpus: int) -> None:
     """Say in one line how to use all GPUs, if this process uses one of several and no launcher started it."""
     if visible_gpus > 1 and topology().world_size == 1 and "RANK" not in os.environ:
-        print(f"accelerate_unsloth: training on 1 of {visible_gpus} GPUs; to use all: {command(visible_gpus)}")
+        of = None if is_a_file() else ["train.py"]
+        print(f"accelerate_unsloth: training on 1 of {visible_gpus} GPUs; to use all: {command(visible_gpus, of=of)}")
 
 
 def check_launch(num_gpus: int | None, world_size: int, launched: bool, visible_gpus: int) -> bool:

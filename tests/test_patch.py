@@ -331,6 +331,32 @@ def test_the_command_of_a_module_names_the_module(tmp_path):
     assert finished.stdout.endswith(" -m job --x\n"), finished.stderr
 
 
+@pytest.mark.launch
+def test_the_command_of_a_script_that_the_module_runs_names_both(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("from accelerate_unsloth import launch_hint; print(launch_hint.command(2))\n")
+    finished = run("-m", "accelerate_unsloth", script, "--x")
+    assert finished.stdout.endswith(f" -m accelerate_unsloth {script} --x\n"), finished.stderr
+
+
+def test_code_without_a_file_is_told_to_get_one():
+    finished = run("import accelerate_unsloth as a; a.enable_multi_gpu(num_gpus=2)")
+    assert finished.returncode == 2
+    assert "Save it as train.py" in finished.stderr
+    assert finished.stderr.rstrip().endswith("unsloth_ddp_cpu.yaml train.py")
+
+
+def test_trainers_that_stay_trls_own_are_named_once(capsys, tmp_path):
+    from trl import DPOConfig, SFTConfig
+
+    with accelerate_unsloth.enable_multi_gpu():
+        for kind in (SFTConfig, DPOConfig, DPOConfig):
+            kind(str(tmp_path))
+    assert capsys.readouterr().out.count("stays trl's own") == 1
+    DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert "trl's own" not in capsys.readouterr().out
+
+
 def test_the_call_costs_nothing_before_it_is_made():
     finished = run("import sys, accelerate_unsloth as a; a.enable_multi_gpu; print('torch' in sys.modules)")
     assert finished.stdout.strip() == "False", finished.stderr

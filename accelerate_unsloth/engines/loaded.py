@@ -28,8 +28,8 @@ if not _use_cpu:
     launch_hint.show(torch.cuda.device_count())
 
 if choice.name == "unsloth":
-    from .unsloth import FastLanguageModel, FastModel
+    from .unsloth import LOADERS, FastLanguageModel, FastModel
 else:
-    from .reference import FastLanguageModel, FastModel
+    from .reference import LOADERS, FastLanguageModel, FastModel
 
-__all__ = ["FastLanguageModel", "FastModel", "choice"]
+__all__ = ["LOADERS", "FastLanguageModel", "FastModel", "choice"]

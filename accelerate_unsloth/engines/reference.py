@@ -170,6 +170,7 @@ class FastLanguageModel:
 
 
 FastModel = FastLanguageModel
+LOADERS = {"FastLanguageModel": FastLanguageModel, "FastModel": FastModel}
 
 
 def _set_checkpointing(model, wanted) -> None:

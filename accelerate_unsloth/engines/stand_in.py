@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from types import ModuleType
 
-from .reference import FastLanguageModel, FastModel
+from .reference import LOADERS
 
 
 def is_bfloat16_supported() -> bool:
@@ -18,8 +18,7 @@ def is_bfloat16_supported() -> bool:
 
 
 _NAMES = {
-    "FastLanguageModel": FastLanguageModel,
-    "FastModel": FastModel,
+    **LOADERS,
     "is_bfloat16_supported": is_bfloat16_supported,
     "is_bf16_supported": is_bfloat16_supported,
 }

@@ -92,5 +92,7 @@ def _for_several_processes(base):
 unsloth = _import_unsloth()
 if topology().world_size > 1:
     _keep_caches_on_own_gpu()
-FastLanguageModel = _for_several_processes(unsloth.FastLanguageModel)
-FastModel = _for_several_processes(unsloth.FastModel)
+# The first two are ours by name as well; scripts that stay as they are may use any.
+_NAMES = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
+LOADERS = {name: _for_several_processes(getattr(unsloth, name)) for name in _NAMES if hasattr(unsloth, name)}
+FastLanguageModel, FastModel = LOADERS["FastLanguageModel"], LOADERS["FastModel"]

@@ -3,20 +3,21 @@
 import functools
 import sys
 
-from ..engines.loaded import FastLanguageModel, FastModel, choice
+from ..engines.loaded import LOADERS, choice
 
 # isort: split
 import transformers
 import trl.trainer.sft_trainer
 
 from ..ledger import Patch, ledger
+from ..topology import topology
 from ..trainers.sft import SFTTrainer
 from .old_spellings import SFTConfig, to_installed_trl
 from .options import BackendChoice, Options
 
-_LOADERS = {"FastLanguageModel": FastLanguageModel, "FastModel": FastModel}
 # A script may take the trainer from any of them.
 _HOMES_OF_TRAINER = (trl, trl.trainer, trl.trainer.sft_trainer)
+_named: set[str] = set()
 
 
 def install(options: Options, plugin, backend: BackendChoice, on_cpu: bool, patches: list[Patch]) -> None:
@@ -43,14 +44,14 @@ def install(options: Options, plugin, backend: BackendChoice, on_cpu: bool, patc
 
         patch(sys.modules, "unsloth", stand_in.make_module())
     else:
-        for name, loader in _LOADERS.items():
+        for name, loader in LOADERS.items():
             patch(sys.modules["unsloth"], name, loader)
     for home in _HOMES_OF_TRAINER:
         patch(home, "SFTTrainer", SFTTrainer)
     patch(SFTTrainer, "__init__", trainer_init(SFTTrainer.__init__, plugin))
     patch(transformers.TrainingArguments, "__post_init__", arguments_post_init(options, backend, on_cpu))
     if options.enable_gradient_checkpointing is not None:
-        for loader in {FastLanguageModel, FastModel}:
+        for loader in set(LOADERS.values()):
             for name in ("from_pretrained", "get_peft_model"):
                 wanted = with_checkpointing(getattr(loader, name), options.enable_gradient_checkpointing)
                 patch(loader, name, staticmethod(wanted))
@@ -63,7 +64,7 @@ def refuse_late_call() -> None:
     """
     unsloth = sys.modules.get("unsloth")
     originals = {id(home.SFTTrainer): "trl.SFTTrainer" for home in _HOMES_OF_TRAINER}
-    originals |= {id(getattr(unsloth, name)): f"unsloth.{name}" for name in _LOADERS if hasattr(unsloth, name)}
+    originals |= {id(getattr(unsloth, name)): f"unsloth.{name}" for name in LOADERS if hasattr(unsloth, name)}
     for name, value in vars(sys.modules["__main__"]).items():
         if id(value) in originals:
             raise RuntimeError(
@@ -102,8 +103,20 @@ def arguments_post_init(options: Options, backend: BackendChoice, on_cpu: bool):
         if backend.name != "none" and (on_cpu or self.ddp_backend is None):
             self.ddp_backend = backend.name
         original(self)
+        _name_other_trainers(type(self).__name__)
 
     return patched_post_init
+
+
+def _name_other_trainers(arguments: str) -> None:
+    """Say once that a trainer is TRL's own, from the class of its arguments."""
+    trainer = f"{arguments.removeprefix('Unsloth').removesuffix('Config')}Trainer"
+    if trainer != "SFTTrainer" and trainer in trl.__all__ and topology().is_main and trainer not in _named:
+        _named.add(trainer)
+        print(
+            f"accelerate_unsloth: {trainer} stays trl's own and trains under DistributedDataParallel; what enable_multi_gpu() "
+            "brings, SFTTrainer has."
+        )
 
 
 def with_checkpointing(call, wanted: bool):

@@ -37,3 +37,19 @@ def test_scripts_with_one_line_in_front_give_the_losses_of_the_explicit_imports(
         found[name] = losses(out)
     assert found["recent"] == pytest.approx(found["explicit"], rel=BF16_ROUNDING)
     assert found["notebook"] == pytest.approx(found["explicit"], rel=BF16_ROUNDING)
+
+
+def test_every_loader_of_unsloth_is_replaced_and_put_back(tmp_path):
+    script = tmp_path / "names.py"
+    script.write_text(
+        "import accelerate_unsloth\n"
+        "with accelerate_unsloth.enable_multi_gpu():\n"
+        "    import unsloth\n"
+        "    names = ['FastLanguageModel', 'FastModel', 'FastVisionModel', 'FastTextModel']\n"
+        "    inside = [getattr(unsloth, name) for name in names]\n"
+        "outside = [getattr(unsloth, name) for name in names]\n"
+        "print('replaced', [issubclass(a, b) and a is not b for a, b in zip(inside, outside, strict=True)])\n"
+    )
+    finished = launch(script, [], 1, {"UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled")}, config="unsloth_ddp")
+    assert finished.status == 0, finished.output[-6000:]
+    assert "replaced [True, True, True, True]" in finished.output
