@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +17,9 @@ import psutil
 from .. import configs
 
 _PHASES = ("python", "imported", "loaded", "adapters", "trainer", "first step", "trained", "saved")
+
+# By what a policy is called in the decisions that a run writes down.
+_VARIABLES = {"checkpointing": "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Run:
         batch (`int`): Samples of a micro-batch, as the arguments say it.
         environment (`dict[str, str]`, *optional*): Options of ours, as environment variables.
         lora (`dict`, *optional*): Further arguments of `get_peft_model`.
+        keeps (`tuple[str]`, *optional*): Policies that are to be as the whole of ours chose them; see [`pinned`].
     """
 
     name: str
@@ -39,6 +43,7 @@ class Run:
     batch: int
     environment: dict[str, str] = field(default_factory=dict)
     lora: dict = field(default_factory=dict)
+    keeps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,28 @@ class Workload:
     load_in_4bit: bool = True
     optim: str = "adamw_8bit"
     cpu: bool = False
+
+
+def pinned(run: Run, results: list[dict]) -> Run:
+    """
+    A run with the policies that it keeps set to what the whole of ours chose, on as many processes, in `results`.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.bench.runs import Run, pinned
+    >>> whole = {"name": "1 x ours", "how": "ours", "processes": 1, "environment": {}}
+    >>> whole["decisions"] = {"checkpointing": ["none", "it fits"]}
+    >>> pinned(Run("fixed", "ours", 1, 16, keeps=("checkpointing",)), [whole]).environment
+    {'ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING': 'none'}
+    ```
+    """
+    done = [r for r in results if r.get("how") == "ours" and "decisions" in r]
+    whole = [r for r in done if r["processes"] == run.processes and not r["environment"]]
+    chosen = whole[0]["decisions"] if whole else {}
+    modes = {_VARIABLES[name]: chosen[name][0] for name in run.keeps if name in chosen}
+    settable = {variable: mode for variable, mode in modes.items() if mode != "unchanged"}
+    return replace(run, environment=run.environment | settable)
 
 
 def measure(run: Run, work: Workload, out: Path, timeout_s: int = 3600) -> dict:
@@ -108,24 +135,22 @@ def measure(run: Run, work: Workload, out: Path, timeout_s: int = 3600) -> dict:
             status = process.wait()
         finally:
             host_gib = peak.stop()
-    ended_s = time.time()
     if status != 0:
         return {"name": run.name, "error": status, "output": (out / "log.txt").read_text()[-2000:]}
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(run.processes)]
-    return {"name": run.name, **asdict(run), **figures(ranks, ended_s), "peak_host_gib": host_gib}
+    return {"name": run.name, **asdict(run), **figures(ranks), "peak_host_gib": host_gib}
 
 
-def figures(ranks: list[dict], ended_s: float) -> dict:
+def figures(ranks: list[dict]) -> dict:
     """
     What the ranks' clocks say.
 
     Args:
         ranks (`list[dict]`): What each rank wrote down.
-        ended_s (`float`): When the launch had ended.
 
     Returns:
-        `dict` with `tokens_per_second` (all ranks, median over the last two thirds of the steps), `end_to_end_s`,
-        `phases_s` (of the slowest rank each), `imbalance` (most tokens of a rank in a step over the mean, averaged),
+        `dict` with `tokens_per_second` (all ranks, median over the last two thirds of the steps), `end_to_end_s` (from
+        the launch to the adapter on disk), `attention` (the library that ran uneven rows), `phases_s` (of the slowest rank each), `imbalance` (most tokens of a rank in a step over the mean, averaged),
         `peak_gib` of each rank and `losses`.
     """
     tokens = [_differences([count for _, count in rank["ends"]]) for rank in ranks]
@@ -142,7 +167,8 @@ def figures(ranks: list[dict], ended_s: float) -> dict:
     return {
         "tokens_per_second": statistics.median(rates) if rates else None,
         "step_s": statistics.median(seconds[step] for step in steady) if rates else None,
-        "end_to_end_s": ended_s - launched_s,
+        "end_to_end_s": before - launched_s,
+        "attention": ranks[0]["attention"],
         "phases_s": phases,
         "imbalance": statistics.mean(imbalances) if imbalances else None,
         "peak_gib": [rank["peak_gib"] for rank in ranks],

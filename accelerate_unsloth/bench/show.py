@@ -5,7 +5,22 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_VERSIONS = ("accelerate_unsloth", "unsloth", "trl", "transformers", "accelerate", "peft", "torch", "bitsandbytes")
+_VERSIONS = (
+    "accelerate_unsloth",
+    "unsloth",
+    "trl",
+    "transformers",
+    "accelerate",
+    "peft",
+    "torch",
+    "bitsandbytes",
+    "xformers",
+    "flash-attn",
+)
+
+_HEADINGS = (
+    "run", "tokens/s", "x", "scaling", "end to end s", "start-up s", "imbalance", "GPU GiB", "host GiB", "loss", "attention",
+)  # fmt: skip
 
 
 def hardware() -> dict:
@@ -25,12 +40,12 @@ def _version(name: str) -> str:
 
 
 def print_table(results: list[dict]) -> None:
-    """One line a run; `x` compares it with the best plain run of as many processes."""
+    """One line a run; `x` compares it with the best plain run of as many processes, scaling with its kind on the fewest."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="accelerate-unsloth bench", title_justify="left", pad_edge=False)
-    for heading in ("run", "tokens/s", "x", "end to end s", "start-up s", "imbalance", "GPU GiB", "host GiB", "loss"):
+    for heading in _HEADINGS:
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for result in results:
         if "error" in result:
@@ -41,12 +56,14 @@ def print_table(results: list[dict]) -> None:
             result["name"],
             _number(result["tokens_per_second"], ",.0f"),
             _number(ratio_to_plain(result, results), ".2f"),
+            _number(scaling(result, results), ".1%"),
             _number(result["end_to_end_s"], ".0f"),
             _number(startup_s, ".0f"),
             _number(result["imbalance"], ".3f"),
             _number(max((p for p in result["peak_gib"] if p is not None), default=None), ".1f"),
             _number(result["peak_host_gib"], ".1f"),
             _number(result["losses"][-1] if result["losses"] else None, ".4f"),
+            result["attention"],
         )
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
@@ -62,6 +79,21 @@ def ratio_to_plain(result: dict, results: list[dict]) -> float | None:
     return result["tokens_per_second"] / max(plain) if plain and result["tokens_per_second"] else None
 
 
+def scaling(result: dict, results: list[dict]) -> float | None:
+    """Tokens per second a process, over those of the same kind of run on the fewest processes; `None` for that one."""
+    alike = [
+        other
+        for other in results
+        if all(other.get(name) == result[name] for name in ("how", "environment"))
+        and other["tokens_per_second"]
+        and (result["how"] == "ours" or other["batch"] == result["batch"])
+    ]
+    fewest = min(alike, key=lambda other: other["processes"], default=None)
+    if fewest is None or fewest["processes"] == result["processes"] or not result["tokens_per_second"]:
+        return None
+    return result["tokens_per_second"] / result["processes"] * fewest["processes"] / fewest["tokens_per_second"]
+
+
 def write_json(results: list[dict], workload: dict, file: Path) -> None:
     file.write_text(json.dumps({"hardware": hardware(), "workload": workload, "runs": results}, indent=1))
 
@@ -74,7 +106,7 @@ def write_chart(results: list[dict], file: Path) -> None:
     from matplotlib import pyplot
 
     done = [result for result in results if result.get("tokens_per_second")]
-    figure, (bars, scaling) = pyplot.subplots(1, 2, figsize=(13, 1.5 + 0.4 * max(6, len(done))))
+    figure, (bars, lines) = pyplot.subplots(1, 2, figsize=(13, 1.5 + 0.4 * max(6, len(done))))
     colours = ["tab:blue" if result["how"] == "ours" else "tab:gray" for result in done]
     bars.barh([result["name"] for result in done], [result["tokens_per_second"] for result in done], color=colours)
     bars.invert_yaxis()
@@ -86,12 +118,12 @@ def write_chart(results: list[dict], file: Path) -> None:
                 best[result["processes"]] = max(best.get(result["processes"], 0), result["tokens_per_second"])
         if best:
             counts = sorted(best)
-            scaling.plot(counts, [best[count] for count in counts], marker="o", label=how)
-            scaling.plot(counts, [best[counts[0]] * count / counts[0] for count in counts], ls=":", color="lightgray")
-    scaling.set_xlabel("processes")
-    scaling.set_ylabel("tokens/s (dotted: perfect scaling)")
+            lines.plot(counts, [best[count] for count in counts], marker="o", label=how)
+            lines.plot(counts, [best[counts[0]] * count / counts[0] for count in counts], ls=":", color="lightgray")
+    lines.set_xlabel("processes")
+    lines.set_ylabel("tokens/s (dotted: perfect scaling)")
     if done:
-        scaling.legend()
+        lines.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

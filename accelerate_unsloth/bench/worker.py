@@ -63,6 +63,18 @@ def load_trl(model_folder: str, options: dict):
     return model, AutoTokenizer.from_pretrained(model_folder), SFTConfig, SFTTrainer
 
 
+def attention_of(model) -> str:
+    """Which library runs rows of uneven length: as Unsloth's dispatch decides (unsloth 2026.10.6), or transformers."""
+    dispatch = sys.modules.get("unsloth.utils.attention_dispatch")
+    if dispatch is None:
+        return str(getattr(model.config, "_attn_implementation", "unknown"))
+    if getattr(dispatch, "HAS_FLASH_ATTENTION", False):
+        return "flash-attn"
+    if getattr(dispatch, "HAS_XFORMERS", False):
+        return "xformers"
+    return "varlen" if getattr(dispatch, "_TORCH_VARLEN_ATTN", None) is not None else "sdpa, row by row"
+
+
 def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -> None:
     model, tokenizer, config, trainer_class = load(how, model_folder, options)
     stamp("adapters")
@@ -77,10 +89,11 @@ def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -
         """When each step ended, and how many tokens this rank had collated by then."""
 
         def __init__(self):
-            self.ends, self.begins = [], []
+            self.ends, self.begins, self.attention = [], [], None
 
         def on_step_begin(self, args, state, control, **kwargs):
             self.begins.append(time.time())
+            self.attention = self.attention or attention_of(model)  # while training, where ours is in force
 
         def on_step_end(self, args, state, control, **kwargs):
             if cuda:
@@ -137,6 +150,7 @@ def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -
         "begins": clock.begins,
         "ends": clock.ends,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "attention": clock.attention,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "decisions": {
             name: [getattr(trainer, name).__dict__[key] for key in getattr(trainer, name).__dict__]

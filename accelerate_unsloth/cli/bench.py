@@ -1,6 +1,6 @@
 """`accelerate-unsloth bench`: plain Unsloth, ours, and our choices one by one, on this machine."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,14 +23,17 @@ def bench(
     plain_batches: Annotated[str, typer.Option(help="Per-device batches of plain Unsloth.")] = "4,8,16",
     batch: Annotated[int, typer.Option(help="Per-device batch that ours is given.")] = 16,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantize the weights.")] = True,
-    with_trl: Annotated[bool, typer.Option(help="Also TRL and PEFT without Unsloth.")] = False,
+    with_trl: Annotated[bool, typer.Option(help="Also TRL and PEFT without Unsloth.")] = True,
+    equal_share: Annotated[
+        bool, typer.Option(help="As many samples of a step on each process: --effective-batch is that of the most.")
+    ] = False,
     ablation: Annotated[bool, typer.Option(help="Take our choices back one by one.")] = True,
     quick: Annotated[bool, typer.Option(help="A tiny model on CPU processes: a look at the command.")] = False,
 ) -> None:
     """Measure tokens/s, start-up, memory and losses of the same fine-tune in separate launches."""
     from ..bench import show, workload
     from ..bench.plans import plan
-    from ..bench.runs import Workload, measure
+    from ..bench.runs import Workload, measure, pinned
 
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -39,28 +42,40 @@ def bench(
     data = data or workload.make_data(out / "data.jsonl", 48 if quick else samples, *((4.0, 0.8) if quick else ()))
     if quick:
         counts = [1, 2]
-        runs = plan(counts, [], batch=2, ablation=False)
+        runs = plan(counts, [], batch=2, with_trl=False, ablation=False)
         work = Workload(str(folder), str(data), 3, 8, 128, load_in_4bit=False, optim="adamw_torch", cpu=True)
     else:
         counts = [int(count) for count in processes.split(",") if count] or sorted({1, max(1, _gpus())})
         sizes = [int(size) for size in plain_batches.split(",") if size]
         runs = plan(counts, sizes, batch, with_trl, ablation)
         work = Workload(str(folder), str(data.absolute()), steps, effective_batch, max_length, load_in_4bit)
-    for run in runs:
-        if effective_batch % (run.batch * run.processes) and not quick:
-            raise typer.BadParameter(
-                f"effective batch {effective_batch} is not a multiple of batch {run.batch} x processes {run.processes}"
-            )
+    works = [work_of(run, work, max(counts) if equal_share else run.processes) for run in runs]
     results = []
-    for run in runs:
+    for run, its_work in zip(runs, works, strict=True):
         typer.echo(f"{run.name} ...")
-        results.append(measure(run, work, out / run.name.replace(" ", "_")))
-        show.write_json(results, asdict(work), out / "results.json")
+        results.append(measure(pinned(run, results), its_work, out / run.name.replace(" ", "_")))
+        show.write_json(results, asdict(work) | {"equal_share": equal_share}, out / "results.json")
     show.print_table(results)
     show.write_chart(results, out / "results.png")
     typer.echo(f"results.json and results.png are in {out}")
     if any("error" in result for result in results):
         raise typer.Exit(1)
+
+
+def work_of(run, work, most_processes: int):
+    """
+    The workload of one run: its part of the effective batch of `most_processes`.
+
+    Raises:
+        BadParameter: if the effective batch cannot be cut so.
+    """
+    effective_batch, rest = divmod(work.effective_batch * run.processes, most_processes)
+    if rest or effective_batch % (run.batch * run.processes):
+        raise typer.BadParameter(
+            f"{run.name}: effective batch {work.effective_batch * run.processes / most_processes:g} is not a multiple of "
+            f"batch {run.batch} x processes {run.processes}"
+        )
+    return replace(work, effective_batch=effective_batch)
 
 
 def _gpus() -> int:
