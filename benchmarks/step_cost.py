@@ -19,8 +19,12 @@ from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, Unsloth
 # isort: split
 import datasets
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.utils import logging
+
+from accelerate_unsloth.reduction import FlatReducer
 
 STEPS = 5
 KERNELS = ("cudnn", "flash", "varlen")
@@ -63,7 +67,16 @@ def lengths_of(kind: str, tokens: int, generator: random.Random) -> list[int]:
     return lengths
 
 
-def measure(model, tokenizer, kind: str, tokens: int, checkpointing: str, kernel: str, steps: int = STEPS) -> dict:
+def measure(
+    model,
+    tokenizer,
+    kind: str,
+    tokens: int,
+    checkpointing: str,
+    kernel: str,
+    steps: int = STEPS,
+    optim: str = "adamw_8bit",
+) -> dict:
     generator = random.Random(0)
     rows = []
     per_step = [lengths_of(kind, tokens, generator) for _ in range(steps)]
@@ -77,7 +90,7 @@ def measure(model, tokenizer, kind: str, tokens: int, checkpointing: str, kernel
         gradient_accumulation_steps=1,
         max_steps=steps,
         max_length=8192,
-        optim="adamw_8bit",
+        optim=optim,
         logging_steps=1000,
         save_strategy="no",
         report_to="none",
@@ -116,6 +129,23 @@ def measure(model, tokenizer, kind: str, tokens: int, checkpointing: str, kernel
     }
 
 
+def reduction_gib(model) -> dict:
+    """What the flat buffer of a step takes, and DDP's buckets under `overlapped`: made in a group of one process."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    made = {}
+    for name, make in (
+        ("flat_buffer_gib", lambda: FlatReducer(model.parameters())),
+        ("ddp_buckets_gib", lambda: DistributedDataParallel(model, gradient_as_bucket_view=True)),
+    ):
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        kept = make()
+        made[name] = (torch.cuda.memory_allocated() - before) / 2**30
+        del kept
+    dist.destroy_process_group()
+    return made
+
+
 def cases(which: str, sizes: list[int]) -> list[tuple]:
     if which == "memory":
         return [("lognormal", tokens, mode, "auto") for mode in ("none", "unsloth") for tokens in sizes]
@@ -141,6 +171,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16))
     parser.add_argument("--cases", default="memory", choices=("memory", "attention"))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -148,14 +180,17 @@ def main() -> None:
         options.model, max_seq_length=8192, load_in_4bit=options.bits == 4
     )
     weights_gib = torch.cuda.memory_allocated() / 2**30
-    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
+    model = FastLanguageModel.get_peft_model(model, r=options.r, lora_alpha=16)
     measured = {"gpu": torch.cuda.get_device_name(), "model": options.model, "bits": options.bits}
-    measured |= {"weights_gib": weights_gib, "cases": []}
+    measured |= {"r": options.r, "optim": options.optim, "weights_gib": weights_gib, "cases": []}
     for case in cases(options.cases, options.tokens):
-        measured["cases"].append(measure(model, tokenizer, *case))
+        measured["cases"].append(measure(model, tokenizer, *case, optim=options.optim))
         print(json.dumps(measured["cases"][-1]), flush=True)
         with open(options.out, "w") as file:
             json.dump(measured, file, indent=1)
+    measured["reduction"] = reduction_gib(model)
+    with open(options.out, "w") as file:
+        json.dump(measured, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ def test_every_loader_of_unsloth_is_replaced_and_put_back(tmp_path):
         "outside = [getattr(unsloth, name) for name in names]\n"
         "print('replaced', [issubclass(a, b) and a is not b for a, b in zip(inside, outside, strict=True)])\n"
     )
-    finished = launch(script, [], 1, {"UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled")}, config="unsloth_ddp")
+    environment = {
+        "CUDA_VISIBLE_DEVICES": os.environ.get("GPUS", "0"),
+        "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled"),
+    }
+    finished = launch(script, [], 1, environment, config="unsloth_ddp")
     assert finished.status == 0, finished.output[-6000:]
     assert "replaced [True, True, True, True]" in finished.output
