@@ -23,7 +23,7 @@ def rows(trainer, engine) -> list[tuple[str, str, str]]:
         ("engine", engine.name, engine.reason),
         (
             "effective batch",
-            f"{micro_batch * accumulation * world_size} samples",
+            f"{trainer.effective_batch} samples",
             f"per device {micro_batch} x accumulation {accumulation} x processes {world_size}",
         ),
         ("gradient sync", trainer.gradient_sync.mode, trainer.gradient_sync.reason),

@@ -1,6 +1,7 @@
 """The promise: the same samples, losses and weights on any number of processes."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ RUNS = {
     "two, overlapped, evaluated before": (2, 2, {"evaluate": True, "plugin": {"gradient_sync": "overlapped"}}),
     "one, packed": (1, 4, {"args": {"packing": True, "max_length": 64}}),
     "two, packed": (2, 2, {"args": {"packing": True, "max_length": 64}}),
+    "one, stream": (1, 4, {"stream": True, "args": {"max_steps": 8}}),
+    "two, stream": (2, 2, {"stream": True, "args": {"max_steps": 8}}),
     "one, forked": (1, 4, {"evaluate": True}),
     "two, forked": (2, 2, {"evaluate": True}),
     "two, no all-reduce": (2, 2, {"sabotage": "no all-reduce"}),
@@ -74,7 +77,8 @@ def difference(first, second, rank=0):
     return loss, float(weight)
 
 
-OTHERS = [name for name in RUNS if name != "one" and "packed" not in name and "sabotage" not in RUNS[name][2]]
+OTHERS = [name for name in RUNS if name != "one" and "sabotage" not in RUNS[name][2]]
+OTHERS = [name for name in OTHERS if "packed" not in name and "stream" not in name]  # which form other batches
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -90,6 +94,16 @@ def test_rows_packed_from_several_documents_are_trained_the_same(run):
     assert loss < 1e-5
     assert weight < 1e-5
     assert len(result(two)["losses"]) < len(result(run("two"))["losses"])
+
+
+def test_what_a_stream_leaves_over_is_in_no_step_and_no_loss(run):
+    """Of 22 samples 20 make five steps; three more follow in the second epoch."""
+    one, two = run("one, stream"), run("two, stream")
+    loss, weight = difference(one, two)
+    assert loss < 1e-5
+    assert weight < 1e-5
+    first, again = (result(one)["log_history"][step] for step in (0, 5))
+    assert 0.5 < again["loss"] / first["loss"] < 1.1  # the same samples, trained on once
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
@@ -137,6 +151,16 @@ def test_a_step_without_any_label_changes_nothing(gradient_sync, tiny_model, tmp
     first, second = (load_file(folder / "weights0.safetensors") for folder in folders)
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_evaluation_without_any_label_has_no_loss(tiny_model, tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100] * 3 if n < 7 else [5, 6, 7]} for n in range(12)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    options = {"evaluate": True, "args": {"max_length": None, "gradient_accumulation_steps": 4}}
+    finished = launch(WORKERS / "train.py", [tiny_model, data, tmp_path, json.dumps(options)], processes=2)
+    assert finished.status == 0, finished.output[-3000:]
+    assert math.isnan(result(tmp_path)["eval_losses"][0])
 
 
 def test_data_of_which_drop_last_leaves_nothing_is_refused_with_words(tiny_model, uneven_data, tmp_path):

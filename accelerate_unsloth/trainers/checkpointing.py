@@ -64,7 +64,8 @@ class CheckpointMixin:
         return found
 
     @property
-    def _effective_batch(self) -> int:
+    def effective_batch(self) -> int:
+        """Samples of an optimizer step, over all ranks."""
         samples = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return samples * self.accelerator.num_processes
 
@@ -75,16 +76,16 @@ class CheckpointMixin:
         Raises:
             ValueError: if they are not, and `ignore_data_skip` does not say that it does not matter.
         """
-        saved = checkpoints.read_facts(checkpoint).get("effective_batch", self._effective_batch)
-        if saved == self._effective_batch or self.args.ignore_data_skip:
+        saved = checkpoints.read_facts(checkpoint).get("effective_batch", self.effective_batch)
+        if saved == self.effective_batch or self.args.ignore_data_skip:
             return
-        accumulation, rest = divmod(saved, self._effective_batch // self.args.gradient_accumulation_steps)
+        accumulation, rest = divmod(saved, self.effective_batch // self.args.gradient_accumulation_steps)
         keep = f"gradient_accumulation_steps={accumulation}"
         if rest:
             keep = "per_device_train_batch_size and gradient_accumulation_steps"
         raise ValueError(
             f"{checkpoint} was written with an effective batch of {saved} samples, and this launch has "
-            f"{self._effective_batch}: samples would be lost or repeated. Choose {keep} so that per-device batch x accumulation x "
+            f"{self.effective_batch}: samples would be lost or repeated. Choose {keep} so that per-device batch x accumulation x "
             "processes is as before, or set ignore_data_skip=True to begin the epoch anew."
         )
 
@@ -138,7 +139,7 @@ class CheckpointMixin:
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(run_folder / name)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        checkpoints.write_facts(written, {"effective_batch": self._effective_batch})
+        checkpoints.write_facts(written, {"effective_batch": self.effective_batch})
         checkpoints.publish(written, run_folder / name)
         shutil.rmtree(self._staging, ignore_errors=True)
         keep = {run_folder / name, Path(self.state.best_model_checkpoint or run_folder / name)}

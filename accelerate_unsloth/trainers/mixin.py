@@ -211,8 +211,8 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         Forward and backward of one micro-batch, and after the last of a step the reduction over all ranks.
 
         Returns:
-            `torch.Tensor`: under `after_backward` the loss of the whole step over all ranks, with its last
-            micro-batch, and zero before; else what the stock Trainer returns.
+            `torch.Tensor`: the loss of the whole step over all ranks, with its last micro-batch, and zero before; under
+            `overlapped` what the stock Trainer returns.
         """
         self._monitor.begin_work()
         if self.gradient_sync.mode == "overlapped":
@@ -228,13 +228,13 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
                 loss = loss + self._learn(model, batch, num_items_in_batch)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.scale(loss)  # a scaler that has scaled nothing cannot take part in the step
-        returned, self._step_loss = self._step_loss, self._step_loss + loss
+        self._step_loss += loss
         if not self.accelerator.sync_gradients:
-            return loss if self.gradient_sync.mode == "none" else torch.zeros_like(loss)
+            return torch.zeros_like(loss)
         self._forget_skipped_items()
         if self.gradient_sync.mode == "none":
             self._end_step_without_reducer()
-            return (self._step_loss - returned).to(loss.dtype)
+            return self._step_loss.to(loss.dtype)
         worked = self._monitor.end_work(self._own_tokens)
         totals = self._reducer.reduce(
             self._step_loss,

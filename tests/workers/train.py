@@ -33,6 +33,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         )
     rows = datasets.Dataset.from_json(data_file, cache_dir=str(out / "json_cache"))
     evaluation = rows.select(range(7)) if options.get("evaluate") else None
+    rows = rows.to_iterable_dataset() if options.get("stream") else rows
     maps = count_mapped_rows()
     arguments = {
         "per_device_train_batch_size": 1,
