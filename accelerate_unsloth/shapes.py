@@ -42,7 +42,7 @@ class NamedShape:
 
 def resolve(model: Any, trust_remote_code: bool = False) -> NamedShape:
     """
-    Find the sizes of a model.
+    Find the sizes of a model; of one that also sees or hears, those of its language part.
 
     Args:
         model (`str`, `Path`, [`~transformers.PreTrainedConfig`] or [`ModelShape`]):
@@ -111,7 +111,9 @@ def from_config(config: Any) -> ModelShape:
     shape = ModelShape.from_config(config)
     if shape is None:
         raise ValueError(
-            f"{type(config).__name__} has not the sizes of a decoder-only language model. Name a causal model."
+            f"{type(config).__name__} does not give one size for all layers (hidden_size, intermediate_size, num_hidden_layers, "
+            "num_attention_heads), so what it takes cannot be worked out from its config. Give a size of published dims near "
+            f"it ({', '.join(KNOWN)}), or a ModelShape of your own."
         )
     return shape
 

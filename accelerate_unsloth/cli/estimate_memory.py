@@ -21,7 +21,7 @@ def estimate_memory(
     trust_remote_code: Annotated[bool, typer.Option(help="Let the model bring its own config class.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Weights, adapters, optimizer and activations per GPU, and the largest micro-batch that fits."""
+    """Weights, adapters, optimizer and activations per GPU, and the largest micro-batch. Vision towers are not counted."""
     from .. import shapes
     from ..estimate import estimate
 
