@@ -110,7 +110,7 @@ def test_a_hub_id_of_the_local_cache_is_read_without_importing_transformers(tiny
 def test_a_config_without_such_sizes_is_named():
     from transformers import T5Config
 
-    with pytest.raises(ValueError, match="T5Config has not the sizes"):
+    with pytest.raises(ValueError, match="T5Config does not give one size for all layers"):
         manager.get_optimal_config(T5Config(), "8GB", 1)
 
 
