@@ -6,6 +6,7 @@ something that nobody asked for, or wait for each other for ever.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -85,6 +86,35 @@ def _describe_data(split: str, rows) -> dict[str, Any]:
         f"lengths of the {split} data set": None if lengths is None else _digest(lengths.tobytes()),
         f"tokens of the {split} data set": _digest(contents),
     }
+
+
+def digest_of_samples(rows) -> str | None:
+    """
+    Of up to 64 samples of a data set with a length, spread evenly; `None` if they read differently each time, as augmented ones do.
+
+    Args:
+        rows: Anything with a length, whose samples are named by numbers.
+    """
+    last = len(rows) - 1
+    compared = (
+        sorted({place * last // (_SAMPLES_COMPARED - 1) for place in range(_SAMPLES_COMPARED)}) if len(rows) else ()
+    )
+    try:
+        first, again = (_digest([_contents(rows[index]) for index in compared]) for _ in range(2))
+    except (KeyError, TypeError):  # samples that are named otherwise
+        return None
+    return first if first == again else None
+
+
+def _contents(value: Any) -> Any:
+    """What a sample holds, without what differs by nature: of objects of other kinds only what they are."""
+    if isinstance(value, Mapping):
+        return [(str(name), _contents(inner)) for name, inner in value.items()]
+    if isinstance(value, list | tuple):
+        return [_contents(inner) for inner in value]
+    if hasattr(value, "tolist"):  # tensors and arrays
+        return [str(value.dtype), value.tolist()]
+    return value if isinstance(value, (*_PLAIN, bytes)) else type(value).__name__
 
 
 def _masked(value: Any) -> Any:

@@ -5,14 +5,17 @@ from collections.abc import Mapping
 import torch
 
 # PyTorch copies integers to 8 bytes each before it sums them (ReduceOps.cpp, torch 2.11): a piece at a time.
-_PIECE = 2**24
+_PIECE = 2**22
+
+# Each value counts times its place, so that the same values in another order make another sum. A prime below 2**16.
+_PLACES = 65521
 
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """
-    A checksum of each tensor: the sum of its bits taken as integers, so equal bits give equal sums on any device.
+    A checksum of each tensor, of its bits taken as integers and their places: equal bits give equal sums on any device.
 
     Args:
         tensors (`Mapping[str, torch.Tensor]`): Of any shapes and types.
@@ -26,21 +29,24 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     >>> import torch
     >>> from accelerate_unsloth.checksum import bit_sums
     >>> bit_sums({"weight": torch.tensor([1, 2])})
-    {'weight': 3}
+    {'weight': 5}
     ```
     """
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        by_device.setdefault(tensor.device, {})[name] = _bit_sum(tensor.detach())
+        by_device.setdefault(tensor.device, {})[name] = tensor.detach()
     sums = {}
-    for device_sums in by_device.values():
-        sums |= dict(zip(device_sums, torch.stack([*device_sums.values()]).tolist(), strict=True))
+    for device, its_tensors in by_device.items():
+        longest = min(_PIECE, max(tensor.numel() for tensor in its_tensors.values()))
+        places = torch.arange(longest, device=device) % _PLACES + 1
+        found = [_bit_sum(tensor, places) for tensor in its_tensors.values()]
+        sums |= dict(zip(its_tensors, torch.stack(found).tolist(), strict=True))
     return {name: sums[name] for name in tensors}
 
 
-def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+def _bit_sum(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     flat = tensor.contiguous().view(-1).view(_SAME_SIZE_INTEGER.get(tensor.element_size(), torch.uint8))
-    return sum(
-        (piece.sum(dtype=torch.int64) for piece in flat.split(_PIECE)),
-        start=torch.zeros((), dtype=torch.int64, device=tensor.device),
-    )
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for piece in flat.split(_PIECE):  # integers wrap around, everywhere alike
+        total = total * 31 + (piece * places[: len(piece)]).sum()
+    return total

@@ -34,6 +34,8 @@ def command(num_processes: int, config: str = "unsloth_ddp", of: Sequence[str] |
 def script() -> list[str]:
     """The running script, or `-m` and the running module, with its arguments."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and (spec.name == "__main__" or spec.origin != os.path.realpath(sys.argv[0])):
+        spec = None  # a folder or archive, or a script that another module runs, such as cProfile
     if run_through is not None and (spec is None or spec.name.removesuffix(".__main__") != run_through):
         return ["-m", run_through, *sys.argv]
     return sys.argv if spec is None else ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
@@ -111,6 +113,8 @@ def require(num_gpus: int | None, visible_gpus: int) -> None:
         ValueError: for a launch of another size, or fewer visible GPUs than asked for.
         SystemExit: with status 2 and the command to type, if no launcher started this process.
     """
+    if num_gpus is not None and (not isinstance(num_gpus, int) or isinstance(num_gpus, bool) or num_gpus < 1):
+        raise ValueError(f"num_gpus={num_gpus!r} is not a whole number of at least 1. Give one, or leave it out.")
     launched = topology().world_size > 1 or "RANK" in os.environ
     if not check_launch(num_gpus, topology().world_size, launched, visible_gpus):
         print(needed(num_gpus, visible_gpus), file=sys.stderr)

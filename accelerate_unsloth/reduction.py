@@ -167,13 +167,24 @@ class FlatReducer:
     @torch.no_grad()
     def broadcast_parameters(self) -> None:
         """Give every rank the trainable weights of rank 0, bit for bit."""
-        for dtype in sorted({p.dtype for p in self._parameters}, key=str):
-            same = [p for p in self._parameters if p.dtype == dtype]
-            flat = torch.cat([p.detach().reshape(-1) for p in same])
-            dist.broadcast(flat, src=0)
-            torch._foreach_copy_(
-                same, [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in same]), same, strict=True)]
-            )
+        broadcast(self._parameters)
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """
+    Give every rank the tensors of rank 0, bit for bit, in one message a type.
+
+    Args:
+        tensors (`Iterable[torch.Tensor]`): In the same order on every rank, on one device.
+    """
+    tensors = list(tensors)
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        dist.broadcast(flat, src=0)
+        parts = flat.split([tensor.numel() for tensor in same])
+        torch._foreach_copy_(same, [part.view_as(tensor) for part, tensor in zip(parts, same, strict=True)])
 
 
 def are_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> bool:

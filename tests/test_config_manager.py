@@ -170,8 +170,9 @@ def test_the_memory_fraction_of_the_environment_is_used_and_said(monkeypatch):
             "recomputed, for steps of 8 full rows a process: asked",
         ),
         ({"GRADIENT_CHECKPOINTING": "none"}, False, "kept", "kept, for steps of 8 full rows a process: asked for"),
-        ({"MICRO_BATCH": "fixed"}, False, None, "as the script cuts them: asked for; up to "),
-        ({"GRADIENT_SYNC": "overlapped"}, False, None, "as the script cuts them: overlapped ranks meet"),
+        ({"MICRO_BATCH": "fixed"}, None, None, "as the script cuts them: asked for; up to "),
+        ({"GRADIENT_SYNC": "overlapped"}, None, None, "as the script cuts them: overlapped ranks meet"),
+        ({"MICRO_BATCH": "fixed", "MICRO_BATCH_TOKENS": "4096"}, None, None, "recomputed if it says nothing"),
         ({"MICRO_BATCH_TOKENS": "4096"}, False, 4096, "at most 4,096 tokens, 2 full rows"),
     ],
 )
@@ -181,7 +182,7 @@ def test_what_the_environment_asks_for_is_obeyed(variables, checkpointing, token
         monkeypatch.setenv(f"ACCELERATE_UNSLOTH_{name}", value)
     manager = ConfigManager()
     config = manager.get_optimal_config("7B", available_memory="80GB", num_gpus=4)
-    assert config["enable_gradient_checkpointing"] is checkpointing
+    assert config.get("enable_gradient_checkpointing") is checkpointing
     assert config["plugin"].micro_batch_tokens == fits.get(tokens, tokens)
     assert said in config.explain()
     assert manager.validate(config) == []
@@ -204,6 +205,7 @@ def test_what_fits_only_with_recomputation_is_refused_where_that_is_ruled_out(mo
 def test_templates_are_the_same_under_any_environment(monkeypatch):
     plain = ConfigManager().templates()
     options = {"GRADIENT_CHECKPOINTING": "none", "MICRO_BATCH": "fixed", "MEMORY_FRACTION": "0.1", "MONITOR": "0"}
+    options |= {"FIND_UNUSED_PARAMETERS": "1", "MICRO_BATCH_TOKENS": "4096"}  # which are None by default
     for name, value in options.items():
         monkeypatch.setenv(f"ACCELERATE_UNSLOTH_{name}", value)
     assert ConfigManager().templates() == plain

@@ -214,19 +214,43 @@ def test_broken_imports_are_reported_as_json_with_status_1(tmp_path):
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     problems = {f["subject"]: f["value"] for f in report["findings"] if f["verdict"] == PROBLEM}
+    remedies = {f["subject"]: f["remedy"] for f in report["findings"]}
     assert report["can_train"] is False
+    assert "Mend torchvision first" in remedies["import transformers"]  # which hides the error behind one of its own
     assert problems["import torchvision"] == NMS
     assert "cannot import name 'not_there'" in problems["import peft"]
     assert problems["import trl"] == "crashed with SIGKILL"
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [("raise ImportError('libcudart.so.13')", "libcudart"), ("import os; os.kill(os.getpid(), 11)", "SIGSEGV")],
+)
+def test_a_torch_that_cannot_be_imported_is_reported(code, said, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(code)
+    done = command("env", "--json", variables={"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])})
+    assert done.returncode == 1, done.stderr
+    findings = {f["subject"]: f for f in json.loads(done.stdout)["findings"]}
+    assert findings["import torch"]["verdict"] == PROBLEM
+    assert said in findings["import torch"]["value"]
+    assert "attention" in findings
+
+
+def test_the_first_cause_of_an_error_is_found():
+    try:
+        try:
+            raise RuntimeError("first")
+        except RuntimeError as first:
+            raise ImportError("second") from first
+    except ImportError as error:
+        assert str(probe._first_of(error)) == "first"
+
+
 def test_an_import_that_fails_for_another_ones_sake_points_to_that_one():
-    errors = {
-        "torchvision": NMS,
-        "transformers": f"ImportError: cannot load. {NMS}",
-        "trl": "ImportError: something else",
-    }
-    loaded = libraries.Loaded({"torch": TORCH, **{name: {"error": error} for name, error in errors.items()}})
+    causes = {"torchvision": NMS, "transformers": NMS, "trl": "something else"}
+    records = {name: {"error": f"ImportError: no {name}", "cause": cause} for name, cause in causes.items()}
+    loaded = libraries.Loaded({"torch": TORCH, **records})
     remedies = {finding.subject: finding.remedy for finding in libraries.findings(loaded, seen_by_driver=2)}
     assert "Mend torchvision first" in remedies["import transformers"]
     assert remedies["import trl"] == "Reinstall trl."
@@ -298,4 +322,5 @@ def test_policies_follow_the_memory_the_kernels_and_the_options(monkeypatch):
     monkeypatch.setenv("ACCELERATE_UNSLOTH_ATTENTION", "varlen")
     values = dict(shown(1, kernels=SEGMENTS | {"has_varlen": False}))
     assert values["micro-batches"].endswith("fixed: asked for")
+    assert ": unchanged: memory is not planned here" in values["gradient checkpointing"]
     assert "attention='varlen' cannot be had here" in values["attention"]

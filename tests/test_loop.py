@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
 from torch.utils.data import (
     BatchSampler,
@@ -18,6 +20,8 @@ from torch.utils.data import (
 from transformers import AutoModelForCausalLM
 
 from accelerate_unsloth import AggregationMethod, MultiGPUTrainer, UnslothPlugin
+from accelerate_unsloth.agreement import digest_of_samples
+from accelerate_unsloth.checksum import bit_sums
 from accelerate_unsloth.data import dealt
 from accelerate_unsloth.data.dealt import Place
 from accelerate_unsloth.data.loader_order import order_of
@@ -160,6 +164,7 @@ def test_mean_and_sum_are_over_ranks(method, tmp_path):
     assert finished.status == 0, finished.output[-4000:]
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["rank_batches"] == [2, 2, 1]  # five micro-batches; the last rank runs out first
+    assert found["buffers"] == [1.0 + 8.0] * 3  # what rank 0 has seen
     by_rank = [[], [], []]
     for number, value in enumerate([1.0, 2.0, 4.0, 8.0, 16.0]):
         by_rank[number % 3].append(value)
@@ -182,6 +187,8 @@ def test_mean_and_sum_are_over_ranks(method, tmp_path):
     ("broken", "words"),
     [
         ("samples", "samples of the loader: 5 on rank 0; 6 on rank 1"),
+        ("contents", "64 samples of the loader: "),
+        ("max_steps", "max_steps: 1 on rank 0; 2 on rank 1"),
         ("frozen", "Frozen weights or buffers of rank(s) 1 are not those of rank 0: frozen. Load"),
         ("learning rate", "lr of the optimizer: 0.01 on rank 0; 0.02 on rank 1"),
         ("not finite", "The loss or a gradient of step 1 is not finite on rank 1"),
@@ -192,6 +199,22 @@ def test_what_is_wrong_on_one_rank_ends_all_with_one_message(broken, words, tmp_
     finished = launch(WORKERS / "aggregate.py", [tmp_path, broken], processes=2)
     assert finished.status != 0
     assert finished.output.count(words) == 1, finished.output[-4000:]
+
+
+def rows_of_hub():
+    return Dataset.from_dict({"value": list(range(8))})
+
+
+class EveryOther(torch.utils.data.Sampler):
+    """A sampler of one's own that knows of ranks."""
+
+    rank = 0
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return iter(range(self.rank, 8, 2))
 
 
 class Stream(IterableDataset):
@@ -225,6 +248,12 @@ def loss_fn(model, batch):
 def test_options_that_do_not_go_together_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         MultiGPUTrainer(model(), loss_fn=loss_fn, **options)
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
+def test_what_is_no_number_of_gpus_is_refused(number):
+    with pytest.raises(ValueError, match="is not a whole number of at least 1"):
+        MultiGPUTrainer(model(), num_gpus=number, loss_fn=loss_fn)
 
 
 def test_more_gpus_than_processes_end_with_the_command_to_type():
@@ -436,10 +465,18 @@ def test_only_batches_that_pytorch_forms_by_itself_are_formed_anew(loader, order
         ),
         (prepare_data_loader(DataLoader(Stream()), num_processes=2, process_index=0), "dealt over the ranks"),
         (DataLoader(range(8), sampler=DistributedSampler(range(4), 2, 0)), "dealt over the ranks"),
+        (
+            DataLoader(range(8), batch_sampler=BatchSampler(DistributedSampler(range(8), 2, 0), 2, False)),
+            "dealt over the ranks",
+        ),
+        (DataLoader(range(8), sampler=EveryOther()), "dealt over the ranks"),
+        (DataLoader(split_dataset_by_node(rows_of_hub().to_iterable_dataset(), 0, 2)), "dealt over the ranks"),
+        ([1, 2], "A list was given as a loader"),
         (DataLoader(range(8), sampler=(index for index in range(8))), "tells no length"),
     ],
 )
 def test_loaders_that_cannot_be_dealt_are_refused(loader, words):
+    """They would leave out samples, or end at another step on each rank."""
     with pytest.raises(ValueError, match=words):
         order_of(loader)
 
@@ -551,6 +588,85 @@ def test_an_evaluation_gives_each_sample_to_one_rank(rows):
     assert sorted(values) == list(range(rows))
     for rank in ranks:
         assert all(batch.inputs.tolist() == batch.samples for batch in rank)
+
+
+def test_samples_may_be_named_by_tuples():
+    rows = {(row, column): 10 * row + column for row in range(2) for column in range(2)}
+    loader = DataLoader(rows, batch_sampler=[[(0, 1), (1, 0)], [(1, 1), (0, 1)]])
+    as_json = json.loads(json.dumps(dealt.for_training(loader, Place(0, 1), 1, seed=0).draw()))
+    epochs = dealt.for_training(loader, Place(0, 1), 1, seed=0)
+    trained = [batch.inputs.tolist() for step in epochs.steps(0, 0, as_json) for batch in step]
+    assert trained == [[1, 10], [11, 1]]
+    evaluated = dealt.for_evaluation(loader, Place(0, 1), share=lambda draw: json.loads(json.dumps(draw())))
+    assert [batch.samples for batch in evaluated] == [[(0, 1), (1, 0)], [(1, 1)]]
+
+
+def test_a_loader_with_an_iteration_of_its_own_is_read_as_a_stream():
+    class Doubling(DataLoader):
+        def __iter__(self):
+            return (2 * batch for batch in super().__iter__())
+
+    def batches(place):
+        epochs = dealt.for_training(Doubling([1, 2, 3], batch_size=1), place, 1, seed=0)
+        return [batch.inputs.item() for step in epochs.steps(0, 0, None) for batch in step]
+
+    assert everyone(batches, 2) == [[2, 6], [4]]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rows"), [({"n": 3, "x": torch.ones(4, 2)}, 4), ({"n": 3, "name": "abc"}, 1), (torch.ones(5), 5)]
+)
+def test_the_samples_of_a_batch_are_counted_by_its_first_list(inputs, rows):
+    assert dealt._rows(inputs) == rows
+
+
+def test_an_epoch_is_planned_anew_when_the_data_or_the_accumulation_changes():
+    rows = [torch.ones(2)] * 4
+    loader = DataLoader(rows, batch_size=2)
+    trainer = MultiGPUTrainer(model(), loss_fn=loss_fn)
+    assert trainer.train_epoch(loader).num_samples == 4
+    rows += [torch.ones(2)] * 4
+    assert trainer.train_epoch(loader).num_samples == 8
+    del rows[2:]
+    assert trainer.train_epoch(loader).num_samples == 2
+    rows += [torch.ones(2)] * 6
+    trainer.gradient_accumulation_steps = 2
+    assert trainer.train_epoch(loader).num_steps == 2
+
+
+def test_contents_are_compared_unless_they_differ_by_nature():
+    class Noisy:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.rand(2)
+
+    class Thing:
+        pass
+
+    same, other = ([{"x": torch.arange(3) + offset, "of": Thing()} for _ in range(70)] for offset in (0, 1))
+    again = [{"x": torch.arange(3), "of": Thing()} for _ in range(70)]
+    assert digest_of_samples(same) == digest_of_samples(again) != digest_of_samples(other)
+    assert digest_of_samples(Noisy()) is None
+    assert digest_of_samples({(0, 1): 2}) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float64])
+def test_checksums_tell_bits_and_places(dtype):
+    values = torch.arange(24).reshape(4, 6).to(dtype)
+    tensors = {"same": values.clone(), "turned": values.flip(0), "other": values + 1, "scalar": values[0, 3]}
+    tensors["strided"] = values.T.contiguous().T
+    sums = bit_sums(tensors | {"first": values})
+    assert sums["first"] == sums["same"] == sums["strided"]
+    assert len({sums[name] for name in ("first", "turned", "other", "scalar")}) == 4
+
+
+def test_pieces_of_a_large_tensor_are_told_apart(monkeypatch):
+    monkeypatch.setattr("accelerate_unsloth.checksum._PIECE", 4)
+    first, turned = torch.arange(8), torch.arange(8).roll(4)
+    sums = bit_sums({"first": first, "turned": turned})
+    assert sums["first"] != sums["turned"]
 
 
 def test_options_of_the_loader_are_kept():

@@ -339,6 +339,20 @@ def test_the_command_of_a_script_that_the_module_runs_names_both(tmp_path):
     assert finished.stdout.endswith(f" -m accelerate_unsloth {script} --x\n"), finished.stderr
 
 
+def test_the_command_of_a_script_that_another_module_runs_names_the_script(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("from accelerate_unsloth import launch_hint; print(launch_hint.command(2))\n")
+    finished = run("-m", "cProfile", "-o", tmp_path / "profile", script, "--x")
+    assert f" {script} --x\n" in finished.stdout, finished.stderr
+    assert "-m" not in finished.stdout
+    (tmp_path / "folder").mkdir()
+    script.rename(tmp_path / "folder" / "__main__.py")
+    finished = subprocess.run(
+        [sys.executable, str(tmp_path / "folder"), "--y"], capture_output=True, text=True, env=clean_environment()
+    )
+    assert finished.stdout.endswith(f"{tmp_path / 'folder'} --y\n"), finished.stderr
+
+
 def test_code_without_a_file_is_told_to_get_one():
     finished = run("import accelerate_unsloth as a; a.enable_multi_gpu(num_gpus=2)")
     assert finished.returncode == 2

@@ -1,8 +1,8 @@
 """Options for `enable_multi_gpu`: worked out from model and memory, checked, kept in files."""
 
+import copy
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ class ConfigManager:
             gpu_gib=gpu_gib,
             fraction=plugin.memory_fraction,
         )
-        found = fit(work, plugin.gradient_checkpointing)
+        plans_cut = plugin.micro_batch == "auto" and plugin.gradient_sync != "overlapped"
+        found = fit(work, plugin.gradient_checkpointing, plans_cut)
         cut = micro_batch.resolve(
             plugin.micro_batch,
             True,
@@ -137,8 +138,10 @@ class ConfigManager:
             max_seq_length,
         )
         options: dict[str, Any] = {} if processes is None else {"num_gpus": processes}
-        options["enable_gradient_checkpointing"] = found.checkpointing.mode == "unsloth"
-        options["plugin"] = replace(plugin, micro_batch_tokens=cut.token_budget)
+        if found.checkpointing.mode != "unchanged":
+            options["enable_gradient_checkpointing"] = found.checkpointing.mode == "unsloth"
+        options["plugin"] = copy.copy(plugin)  # a new one would look for what is None in the environment
+        options["plugin"].micro_batch_tokens = cut.token_budget
         memory = f"{read}; {plugin.memory_fraction:g} of it may be used"
         return ExplainedConfig(options, {**_assumptions(work, found, cut), "processes": counted, "memory": memory})
 
@@ -272,7 +275,12 @@ def _check_whole_number(name: str, value: Any, may_be_none: bool) -> None:
 
 
 def _assumptions(work: Workload, found: Fit, cut: MicroBatchChoice) -> dict[str, str]:
-    chosen = "recomputed" if found.checkpointing.mode == "unsloth" else "kept"
+    mode = found.checkpointing.mode
+    chosen = {
+        "unsloth": "recomputed",
+        "none": "kept",
+        "unchanged": "as the script says, recomputed if it says nothing",
+    }[mode]
     if cut.token_budget is None:
         cutting = f"as the script cuts them: {cut.reason}; up to {found.tokens:,} tokens fit"
     else:

@@ -17,9 +17,9 @@ def write(config: Mapping[str, Any], path: str | Path) -> None:
     _refuse(checks.of_config(config), "cannot be saved")
     values = dict(config)
     if values.get("plugin") is not None:
-        # Every option, so that the file means the same under any environment; one without a value has no text for it.
-        options = asdict(values["plugin"])
-        values["plugin"] = {name: value for name, value in options.items() if value is not None}
+        values["plugin"] = asdict(
+            values["plugin"]
+        )  # every option, so that the file means the same under any environment
     explained = config.explain().splitlines() if isinstance(config, ExplainedConfig) else []
     comments = "".join(f"# {line}\n" for line in ["Options of accelerate_unsloth.enable_multi_gpu()", *explained])
     Path(path).write_text(comments + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -34,9 +34,18 @@ def read(path: str | Path) -> dict[str, Any]:
     found = []
     if isinstance(config, dict) and isinstance(config.get("plugin"), dict):
         found = checks.of_plugin(config["plugin"])
-        config["plugin"] = None if found else UnslothPlugin(**config["plugin"])
+        config["plugin"] = None if found else _plugin(config["plugin"])
     _refuse([*checks.of_config(config), *found], f"in {path} cannot be used")
     return config
+
+
+def _plugin(options: Mapping[str, Any]) -> UnslothPlugin:
+    """What the file leaves out is the environment's, what it says is null is not."""
+    plugin = UnslothPlugin(**options)
+    for name, value in options.items():
+        if value is None:
+            setattr(plugin, name, None)
+    return plugin
 
 
 def _refuse(problems: list[str], what: str) -> None:

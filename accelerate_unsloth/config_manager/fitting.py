@@ -44,13 +44,15 @@ class Fit:
     tokens: int  # of the largest micro-batch under that choice
 
 
-def fit(work: Workload, requested: str = "auto") -> Fit:
+def fit(work: Workload, requested: str = "auto", plans_cut: bool = True) -> Fit:
     """
     Choose whether activations are recomputed, as the trainer does it, for rows of full length.
 
     Args:
         work ([`Workload`]): What is to be trained.
         requested (`str`, *optional*, defaults to `"auto"`): The plugin's `gradient_checkpointing`.
+        plans_cut (`bool`, *optional*, defaults to `True`):
+            Whether micro-batches are cut to the memory. Where the script cuts them, its checkpointing stays as well.
 
     Raises:
         ValueError: if not even one row fits, with recomputation unless that was ruled out, with the arithmetic and what
@@ -60,9 +62,10 @@ def fit(work: Workload, requested: str = "auto") -> Fit:
     if (without if requested == "none" else with_) < work.max_seq_length:
         raise ValueError(_too_small(work, recompute=requested != "none"))
     step = ROWS_OF_A_STEP * work.max_seq_length
-    # 0 would tell the policy that nothing is known.
-    choice = checkpointing.resolve(requested, False, max(1, without), with_, work.max_seq_length, step)
-    return Fit(choice, with_ if choice.mode == "unsloth" else without)
+    # 0 tells the policy that memory is not planned.
+    kept = max(1, without) if plans_cut else 0
+    choice = checkpointing.resolve(requested, False, kept, with_, work.max_seq_length, step)
+    return Fit(choice, without if choice.mode == "none" else with_)
 
 
 def _too_small(work: Workload, recompute: bool) -> str:

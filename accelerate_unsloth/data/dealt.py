@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from .balance import RowCost
 from .lengths import lengths_of
 from .loader import PlannedDataLoader, Slot
-from .loader_order import draw, order_of
+from .loader_order import as_drawn, draw, order_of
 from .sampler import EffectiveBatchSampler, EvaluationSampler
 
 
@@ -96,7 +96,8 @@ class DrawnEpochs:
         return -(-len(order) // self._turns)
 
     def steps(self, epoch: int, first_step: int, order: list) -> Iterator[list[DealtBatch]]:
-        stream = _load(self._dealt, order[first_step * self._turns :][self._place.rank :: self._place.world_size])
+        left = as_drawn(self._dealt, order[first_step * self._turns :])
+        stream = _load(self._dealt, left[self._place.rank :: self._place.world_size])
         while batches := list(islice(stream, self.accumulation)):
             yield batches
 
@@ -210,7 +211,8 @@ def for_evaluation(
         yield from _by_turns(loader, place)
         return
     if order == "drawn":
-        yield from _load(loader, _without_repeats(share(lambda: draw(loader)))[place.rank :: place.world_size])
+        batches = _without_repeats(as_drawn(loader, share(lambda: draw(loader))))
+        yield from _load(loader, batches[place.rank :: place.world_size])
         return
     lengths = lengths_of(loader.dataset) if balance else None
     sampler = EvaluationSampler(len(loader.dataset), place.world_size, place.rank, loader.batch_size, lengths)
@@ -255,9 +257,9 @@ def _micro_batches(slots: Sequence[Slot]) -> list[DealtBatch]:
 
 
 def _rows(inputs: Any) -> int:
-    """Samples of a collated batch: the length of its first tensor, or of itself."""
+    """Samples of a collated batch: the length of its first tensor or list, or of itself."""
     if isinstance(inputs, Mapping):
-        return len(next(iter(inputs.values())))
+        return next((len(v) for v in inputs.values() if hasattr(v, "__len__") and not isinstance(v, str)), 1)
     return len(inputs[0]) if isinstance(inputs, list | tuple) and hasattr(inputs[0], "shape") else len(inputs)
 
 

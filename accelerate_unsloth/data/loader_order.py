@@ -3,7 +3,13 @@
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 
 def order_of(loader: DataLoader) -> str:
@@ -30,8 +36,11 @@ def order_of(loader: DataLoader) -> str:
     'random'
     ```
     """
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"A {type(loader).__name__} was given as a loader. Pass a torch.utils.data.DataLoader.")
     _refuse_parts(loader)
-    if isinstance(loader.dataset, IterableDataset):
+    own_iteration = type(loader).__iter__ is not DataLoader.__iter__  # whose batches only it can make
+    if own_iteration or isinstance(loader.dataset, IterableDataset):
         return "stream"
     sampler = loader.sampler
     if loader.batch_size is not None and hasattr(loader.dataset, "__len__"):
@@ -61,20 +70,35 @@ def draw(loader: DataLoader) -> list:
     return [_plain(entry) if single else [_plain(index) for index in entry] for entry in index_source(loader)]
 
 
+def as_drawn(loader: DataLoader, order: list) -> list:
+    """An order that came as JSON, with the indices that are tuples as such again."""
+    if loader.batch_sampler is None:
+        return [_index(entry) for entry in order]
+    return [[_index(index) for index in batch] for batch in order]
+
+
+def _index(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _plain(index: Any) -> Any:
     """Samplers name samples by NumPy's and PyTorch's integers too."""
     return int(index) if hasattr(index, "__index__") else index
 
 
 def _refuse_parts(loader: DataLoader) -> None:
-    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    sampler = loader.sampler
+    if loader.batch_size is None and loader.batch_sampler is not None:  # a batch sampler of one's own
+        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     part = (
         isinstance(loader, DataLoaderDispatcher)
-        or isinstance(batch_sampler, BatchSamplerShard)
+        or isinstance(loader.batch_sampler, BatchSamplerShard)
         or isinstance(loader.dataset, IterableDatasetShard)
+        or getattr(loader.dataset, "_distributed", None) is not None  # datasets.distributed.split_dataset_by_node
     )
-    if isinstance(sampler, DistributedSampler):
-        part = type(sampler) is not DistributedSampler or len(sampler.dataset) != len(loader.dataset)
+    if hasattr(sampler, "num_replicas") or hasattr(sampler, "rank"):
+        whole = type(sampler) is DistributedSampler and sampler is loader.sampler
+        part = part or not whole or len(sampler.dataset) != len(loader.dataset)
     if part:
         raise ValueError(
             f"This loader is dealt over the ranks already ({type(loader).__name__} with {type(sampler).__name__}), and "

@@ -1,12 +1,12 @@
 """What the engine's kernels do with rows and activations, read off Unsloth (2026.10.6) where it is loaded."""
 
+# PyTorch is imported where it is asked: what would be chosen is also shown where it cannot be imported.
+
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import torch
 
 from ..ledger import Ledger
 
@@ -40,6 +40,8 @@ def spare_varlen() -> Callable | None:
     `attention_dispatch._load_torch_varlen_attn`). The kernel of 2.11 does grouped queries without being told. To be deleted
     when Unsloth takes 2.11's, or no longer supports it.
     """
+    import torch
+
     dispatch = sys.modules.get(_DISPATCH)
     refused = os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() in ("0", "false", "no", "off")
     if (
@@ -76,6 +78,8 @@ def varlen_installed() -> Iterator[None]:
 
 def prefers_cudnn() -> bool:
     """Whether PyTorch's SDPA takes cuDNN on this device: from Hopper on."""
+    import torch
+
     return (
         torch.cuda.is_available()
         and torch.cuda.get_device_capability()[0] >= 9
@@ -85,6 +89,8 @@ def prefers_cudnn() -> bool:
 
 def plans_memory(engine: str) -> bool:
     """Whether the arithmetic of `memory.py` was measured for this engine and device."""
+    import torch
+
     return engine == "unsloth" and torch.cuda.is_available()
 
 

@@ -105,11 +105,12 @@ def _cut(plugin: UnslothPlugin, gpu_gib: float | None, processes: int) -> Iterat
             yield Finding("gradient checkpointing", why, NOTE, remedy)
             return
         kept = max(1, kept)  # 0 would tell the policy that nothing is known
-    rank_tokens = _ROWS_OF_A_STEP * _ROW_TOKENS
+    rank_tokens, overlapped = _ROWS_OF_A_STEP * _ROW_TOKENS, plugin.gradient_sync == "overlapped"
+    if plugin.micro_batch == "fixed" or overlapped:
+        kept = 0  # memory is not planned where the script cuts the micro-batches
     recompute = checkpointing.resolve(plugin.gradient_checkpointing, False, kept, recomputed, _ROW_TOKENS, rank_tokens)
     yield Finding("gradient checkpointing", f"{_PLANNED}: {recompute.mode}: {recompute.reason}")
-    fits = (recomputed if recompute.mode == "unsloth" else kept) if gpu_gib is not None else None
-    overlapped = plugin.gradient_sync == "overlapped"
+    fits = (kept if recompute.mode == "none" else recomputed) if gpu_gib is not None else None
     try:
         cut = micro_batch.resolve(plugin.micro_batch, True, overlapped, plugin.micro_batch_tokens, fits, _ROW_TOKENS)
     except ValueError as error:

@@ -85,8 +85,10 @@ def findings(loaded: Loaded, seen_by_driver: int) -> list[Finding]:
     found, failed = [], {}
     for name, record in loaded.records.items():
         if not record.get("missing") or name in _USES:  # a missing requirement is among the versions
-            found.append(_blame_the_first(judge(name, record, torch.get("version")), failed))
-        failed |= {record["error"]: name} if "error" in record else {}
+            finding = judge(name, record, torch.get("version"))
+            found.append(_blame_the_first(finding, failed.get(record.get("cause"))))
+        if "cause" in record:
+            failed.setdefault(record["cause"], name)
     if loaded.crashed_in:
         remedy = f"Run `python -c 'import {loaded.crashed_in}'` to see why, and reinstall or remove it."
         found.append(Finding(f"import {loaded.crashed_in}", loaded.crash, PROBLEM, remedy))
@@ -120,10 +122,9 @@ def _judge_missing(name: str, subject: str) -> Finding:
     return Finding(subject, f"not installed; {use}", verdict, "" if verdict == OK else f"pip install {name}")
 
 
-def _blame_the_first(finding: Finding, failed: dict[str, str]) -> Finding:
+def _blame_the_first(finding: Finding, first: str | None) -> Finding:
     """What cannot be imported because of another is no fault of its own."""
-    cause = next((name for error, name in failed.items() if " ".join(error.split()) in finding.value), None)
-    return finding if cause is None else replace(finding, remedy=f"Mend {cause} first, which fails the same way.")
+    return finding if first is None else replace(finding, remedy=f"Mend {first} first, which fails the same way.")
 
 
 def _build(torch_version: str | None) -> str:

@@ -109,11 +109,19 @@ def attempt(load, answer) -> dict:
         result = load()
     except ModuleNotFoundError as error:
         missing = error.name == load.__name__
-        result = {"missing": True} if missing else {"error": f"{type(error).__name__}: {error}"}
+        failed = {"error": f"{type(error).__name__}: {error}", "cause": str(_first_of(error))}
+        result = {"missing": True} if missing else failed
     except Exception as error:
-        result = {"error": f"{type(error).__name__}: {error}"}
+        result = {"error": f"{type(error).__name__}: {error}", "cause": str(_first_of(error))}
     print(json.dumps({"library": load.__name__, **result}), file=answer)
     return result
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """What an error came from, behind those that were raised because of it."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
 
 
 def main() -> None:

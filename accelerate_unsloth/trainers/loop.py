@@ -26,7 +26,7 @@ from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
-from ..reduction import FlatReducer, LocalReducer
+from ..reduction import FlatReducer, LocalReducer, broadcast
 from ..topology import topology, uses_cpu
 from . import loop_state
 from .loop_epoch import EpochMixin
@@ -43,7 +43,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
     on any number of processes with the same effective batch: batch size of the loader x accumulation x processes.
 
     Args:
-        model ([`~torch.nn.Module`]): The model. Of what is trained rank 0's weights are taken; frozen weights and buffers are compared.
+        model ([`~torch.nn.Module`]): The model. What is trained, and the buffers it keeps, are rank 0's; frozen weights are compared.
         num_gpus (`int`, *optional*): Processes that the script wants; by default those of the launch.
         aggregation_method ([`AggregationMethod`] or `str`, *optional*):
             How the losses of a step become one; `TOKEN_MEAN` by default where tokens can be counted, else `MEAN`.
@@ -154,6 +154,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
         reducer = FlatReducer if accelerator.num_processes > 1 else LocalReducer
         self._reducer = reducer(self.trainable)
         self._reducer.broadcast_parameters()
+        self._share_buffers()
         made = self.optimizer_config["class"](self.trainable, **self.optimizer_config["kwargs"])
         self.optimizer, self.scheduler = accelerator.prepare_optimizer(made), None
         if self.scheduler_config["class"] is not None:
@@ -163,6 +164,12 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
         self.accelerator = accelerator
         agreement.compare(self._described())
         agreement.check_frozen(self.model)
+
+    def _share_buffers(self) -> None:
+        """Give all ranks the buffers of rank 0 that a model keeps, such as the running means of each rank's own samples."""
+        if self.place.world_size > 1:
+            kept = self.model.state_dict().keys()
+            broadcast(buffer for name, buffer in self.model.named_buffers() if name in kept)
 
     @cached_property
     def place(self) -> dealt.Place:
@@ -210,6 +217,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
         self.model.train()
         began_s, first_step, first_token = time.perf_counter(), self.global_step, self.num_tokens
         loss, weight, samples = 0.0, 0.0, 0
+        agreement.compare({"max_steps": max_steps, "epoch": self.epoch, "step of the epoch": self.step_in_epoch})
         epochs = self._begin(dataloader, lengths)
         stream = epochs.steps(self.epoch, self.step_in_epoch, self.epoch_order)
         while max_steps is None or self.global_step - first_step < max_steps:
@@ -225,6 +233,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
         else:
             if self._is_over(epochs, stream):
                 self._close_epoch()
+        self._share_buffers()
         ranks = self._shares(samples)
         return EpochStats(
             loss=loss / weight if weight else float("nan"),

@@ -34,19 +34,22 @@ class EpochMixin:
         return epochs
 
     def _deal(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> dealt.Epochs:
-        """The dealing of a loader, that of the last call where it is the same one."""
-        if self._dealing is not None and self._dealing[0] is dataloader and self._dealing[1] is lengths:
-            return self._dealing[2]
+        """The dealing of a loader, that of the last call where nothing that it follows from has changed."""
+        rows, accumulation = getattr(dataloader, "dataset", None), self.gradient_accumulation_steps
+        size = len(rows) if hasattr(rows, "__len__") else None
+        if self._dealing is not None:
+            (known, its_lengths), follows_from, epochs = self._dealing
+            if known is dataloader and its_lengths is lengths and follows_from == (size, accumulation, self.seed):
+                return epochs
         epochs = dealt.for_training(
-            dataloader,
-            self.place,
-            self.gradient_accumulation_steps,
-            self.seed,
-            self.plugin.balance_tokens,
-            lengths,
+            dataloader, self.place, accumulation, self.seed, self.plugin.balance_tokens, lengths
         )
-        agreement.compare({f"{name} of the loader": value for name, value in epochs.facts.items()})
-        self._dealing = (dataloader, lengths, epochs)
+        described = {f"{name} of the loader": value for name, value in epochs.facts.items()}
+        # Handles that a data set opens when it is read are not for workers that are forked afterwards.
+        if size is not None and not dataloader.num_workers:
+            described["64 samples of the loader"] = agreement.digest_of_samples(rows)
+        agreement.compare(described)
+        self._dealing = ((dataloader, lengths), (size, accumulation, self.seed), epochs)
         return epochs
 
     def _draw(self, draw: Callable[[], Any]) -> Any:

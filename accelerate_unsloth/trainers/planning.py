@@ -133,7 +133,10 @@ class PlanningMixin:
         rank_tokens /= self.accelerator.num_processes
         asked = getattr(self.model, "_accelerate_unsloth_checkpointing_asked", True)
         asked = asked or not self.args.gradient_checkpointing
-        plans_memory = self.plugin.micro_batch == "auto" and lengths is not None
+        noisy = bool(getattr(self.args, "neftune_noise_alpha", None))
+        in_step = self.gradient_sync.mode == "overlapped"
+        plans_cut = self.plugin.micro_batch == "auto" and sampler is not None and not in_step and not noisy
+        plans_memory = plans_cut and lengths is not None
         self.checkpointing = checkpointing.resolve(
             self.plugin.gradient_checkpointing, asked, without if plans_memory else 0, with_, longest, rank_tokens
         )
@@ -142,11 +145,11 @@ class PlanningMixin:
         self.micro_batch = micro_batch.resolve(
             self.plugin.micro_batch,
             lengths is not None and sampler is not None,
-            self.gradient_sync.mode == "overlapped",
+            in_step,
             self.plugin.micro_batch_tokens,
             fits or None,
             longest,
-            noisy=bool(getattr(self.args, "neftune_noise_alpha", None)),
+            noisy=noisy,
         )
         if self.micro_batch.mode == "auto":
             self._probe_until_it_fits(sampler, longest)

@@ -1,7 +1,7 @@
 """
 A model of one weight whose gradient is the value of its batch, and what goes wrong on one rank.
 
-    aggregate.py OUT mean|sum|samples|frozen|"learning rate"|"not finite"|"an error on one rank"
+    aggregate.py OUT mean|sum|samples|contents|max_steps|frozen|"learning rate"|"not finite"|"an error on one rank"
 """
 
 import json
@@ -14,6 +14,7 @@ from accelerate_unsloth import MultiGPUTrainer
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from accelerate_unsloth.channel import channel
 from accelerate_unsloth.topology import topology
 
 VALUES = [1.0, 2.0, 4.0, 8.0, 16.0]
@@ -24,6 +25,7 @@ class Weight(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
         frozen = torch.full((3,), float(what == "frozen" and topology().rank == 1))
+        self.register_buffer("seen", torch.zeros(()))
         self.frozen = torch.nn.Parameter(frozen, requires_grad=False)
 
 
@@ -37,6 +39,7 @@ class Values(IterableDataset):
 
 def loss_fn(model, batch):
     bad = what == "not finite" and topology().rank == 1
+    model.seen += batch.sum()
     return (model.weight * batch.sum()).sum() * (float("nan") if bad else 1.0)
 
 
@@ -57,12 +60,21 @@ def main() -> None:
         before = model.weight.item()
 
     trainer.callbacks.append(note)
-    rows = torch.ones(5 + topology().rank, 1) if what == "samples" else Values()
-    stats = trainer.train_epoch(DataLoader(rows, batch_size=1))
+    stats = trainer.train_epoch(DataLoader(rows_of_rank(topology().rank), batch_size=1), max_steps_of_rank())
+    buffers = channel().gather("buffers", model.seen.item())
     counts = [rank.num_samples for rank in stats.ranks]
     if topology().rank == 0:
-        found = {"gradients": gradients, "rank_batches": counts}
+        found = {"gradients": gradients, "rank_batches": counts, "buffers": buffers}
         (Path(sys.argv[1]) / "result.json").write_text(json.dumps(found))
+
+
+def rows_of_rank(rank: int):
+    other = {"samples": torch.ones(5 + rank, 1), "contents": torch.full((6, 1), 1.0 + rank)}
+    return other.get(what, Values())
+
+
+def max_steps_of_rank() -> int | None:
+    return 1 + topology().rank if what == "max_steps" else None
 
 
 def is_other() -> bool:
