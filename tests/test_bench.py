@@ -75,6 +75,7 @@ def test_scaling_is_to_the_same_kind_of_run_on_the_fewest_processes():
     assert show.scaling(run("plain", 2, 75), results) == pytest.approx(0.75)
     assert show.scaling(run("ours", 4, 384, OTHER="1"), results) is None
     assert show.scaling(results[1], results) is None
+    assert show.scaling(run("ours", 4, 384), [run("ours", 2, 200)]) == pytest.approx(0.96)
 
 
 def whole_run(mode):

@@ -1,7 +1,7 @@
 """Options in a YAML file, and back."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _plugin(options: Mapping[str, Any]) -> UnslothPlugin:
-    """What the file leaves out is the environment's, what it says is null is not."""
+    """What the file leaves out is the environment's; where it says null, and an option can be that, it is not."""
     plugin = UnslothPlugin(**options)
-    for name, value in options.items():
-        if value is None:
-            setattr(plugin, name, None)
+    for option in fields(plugin):
+        if option.metadata["default"] is None and options.get(option.name, "") is None:
+            setattr(plugin, option.name, None)
     return plugin
 
 
