@@ -46,7 +46,7 @@ class EpochMixin:
         )
         described = {f"{name} of the loader": value for name, value in epochs.facts.items()}
         # Handles that a data set opens when it is read are not for workers that are forked afterwards.
-        if size is not None and not dataloader.num_workers:
+        if self.place.world_size > 1 and size is not None and not dataloader.num_workers:
             described["64 samples of the loader"] = agreement.digest_of_samples(rows)
         agreement.compare(described)
         self._dealing = ((dataloader, lengths), (size, accumulation, self.seed), epochs)
