@@ -18,7 +18,7 @@ class Estimate:
         gradients_gib (`float`): Their gradients.
         optimizer_gib (`float`): The optimizer's state.
         reduction_gib (`float`): The flat buffer of the step's all-reduce; 0 on one GPU.
-        workspace_gib (`float`): A dequantized weight.
+        workspace_gib (`float`): A dequantized weight, and cuBLAS's workspace.
         context_gib (`float`): The CUDA context and Triton's kernels, outside of PyTorch's count.
         token_kib (`float`): Activations of a token in the layers of a model; a loss in chunks comes on top.
         shape ([`ModelShape`]): Sizes of the model.

@@ -25,7 +25,10 @@ _KEPT = (6.4, 2.0)  # from the forward to the backward, without checkpointing
 # 11.5 a hidden value. With little memory left it takes smaller chunks, which is not counted here.
 _LOSS_SCRATCH_BYTES, _PLANNED_LOGIT_BYTES, _LOGIT_BYTES, _STATE_BYTES = 4 * GIB, 16, 4, 11.5
 
-# A CUDA context, cuBLAS workspaces and Triton's kernels; outside of what PyTorch counts.
+# What PyTorch allocates for cuBLAS from Hopper on (CUDABlas.cpp, torch 2.11); less on older GPUs.
+_CUBLAS_WORKSPACE_BYTES = 2**25
+
+# A CUDA context and Triton's kernels; outside of what PyTorch counts.
 CONTEXT_GIB = 0.8
 
 
@@ -168,8 +171,8 @@ class ModelShape:
 
     @property
     def workspace_bytes(self) -> int:
-        """A weight taken out of 4 bits."""
-        return 2 * self.hidden * max(self.intermediate, self.hidden)
+        """A weight taken out of 4 bits, and cuBLAS's workspace."""
+        return 2 * self.hidden * max(self.intermediate, self.hidden) + _CUBLAS_WORKSPACE_BYTES
 
 
 @dataclass(frozen=True)
