@@ -15,7 +15,7 @@ _PUBLIC = {
     "SFTConfig": "trainers.sft",
     "SFTTrainer": "trainers.sft",
     "DistributedTrainerMixin": "trainers.mixin",
-    "MultiGPUTrainer": "trainers.loop",
+    "MultiGPUTrainer": "loop.trainer",
     "AggregationMethod": "policies.aggregation",
     "UnslothPlugin": "plugin",
     "enable_multi_gpu": "patch",

@@ -1,6 +1,7 @@
 """The direction of the arrows, and what an import may cost."""
 
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ ROOMS += [
     "agreement",
     "report",
     "training_report",
+    "loop",
     "trainers",
     "bench",
     "patch",
@@ -138,3 +140,12 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="has no attribute 'FastVisionary'"):
         _ = accelerate_unsloth.FastVisionary
+
+
+def test_every_package_is_installed():
+    """They are named one by one, because the configuration files come from another folder."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    named = set(settings["options"]["packages"].split())
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in PACKAGE.rglob("__init__.py")}
+    assert named == found | {"accelerate_unsloth.accelerate_configs"}

@@ -28,11 +28,11 @@ from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
 from ..reduction import FlatReducer, LocalReducer, broadcast
 from ..topology import topology, uses_cpu
-from . import loop_state
-from .loop_epoch import EpochMixin
-from .loop_evaluation import EvaluationMixin
-from .loop_stats import EpochStats, RankShare
-from .loop_step import StepMixin
+from . import state
+from .epoch import EpochMixin
+from .evaluation import EvaluationMixin
+from .stats import EpochStats, RankShare
+from .step import StepMixin
 
 
 class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
@@ -262,7 +262,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
             folder (`str` or `Path`): The checkpoint; one that is there is replaced.
         """
         self.setup()
-        return loop_state.save(self, Path(folder))
+        return state.save(self, Path(folder))
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """
@@ -275,7 +275,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
             ValueError: if it is damaged, or of another training.
         """
         self.setup()
-        loop_state.load(self, Path(folder))
+        state.load(self, Path(folder))
 
 
 def _config(name: str, given: Mapping[str, Any] | None, default, kwargs: dict) -> dict[str, Any]:
