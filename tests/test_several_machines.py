@@ -69,19 +69,13 @@ def test_two_machines_of_two_give_the_loss_curve_of_one_process(share_a_disk, on
 LOSSES = [("kill", 3, 2), ("lose_launcher", 2, 3), ("lose_power", 0, 5)]
 
 
-@pytest.mark.parametrize(
-    "losses",
-    [
-        pytest.param(LOSSES[1:2], id="a launcher"),
-        pytest.param(LOSSES, id="one after the other", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
 def test_a_machine_that_is_lost_ends_the_other_and_both_go_on_when_they_are_started_again(
-    losses, two_machines, tiny_model, uneven_data, tmp_path
+    two_machines, tiny_model, uneven_data, tmp_path
 ):
     saving = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1}
     options = {"args": saving, "resume": "auto"}
-    for what, rank, step in losses:
+    for what, rank, step in LOSSES:
         lost = options | {"provoke": {"what": what, "rank": rank, "step": step}}
         machines = train_on_two_machines(
             [tiny_model, uneven_data, tmp_path, json.dumps(lost)], [tmp_path / "cache"] * 2
