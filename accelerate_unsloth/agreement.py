@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ._version import __version__
+from .buffers import kept_buffers
 from .channel import channel
 from .checksum import bit_sums
 from .data.lengths import lengths_of
@@ -77,15 +78,20 @@ def _describe_data(split: str, rows) -> dict[str, Any]:
     """
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         return {}
-    lengths, last = lengths_of(rows), len(rows) - 1
-    compared = {place * last // (_SAMPLES_COMPARED - 1) for place in range(_SAMPLES_COMPARED)} if len(rows) else ()
-    samples = [rows[index] for index in sorted(compared)]
-    contents = [[row.get(name) for name in _COLUMNS_COMPARED] for row in samples if hasattr(row, "get")]
+    lengths = lengths_of(rows)
+    contents = [[row.get(name) for name in _COLUMNS_COMPARED] for row in _spread(rows) if hasattr(row, "get")]
     return {
         f"samples of the {split} data set": len(rows),
         f"lengths of the {split} data set": None if lengths is None else _digest(lengths.tobytes()),
         f"tokens of the {split} data set": _digest(contents),
     }
+
+
+def _spread(rows) -> list:
+    """Up to 64 samples of a data set, spread evenly."""
+    last = len(rows) - 1
+    places = {place * last // (_SAMPLES_COMPARED - 1) for place in range(_SAMPLES_COMPARED)} if len(rows) else ()
+    return [rows[index] for index in sorted(places)]
 
 
 def digest_of_samples(rows) -> str | None:
@@ -95,12 +101,8 @@ def digest_of_samples(rows) -> str | None:
     Args:
         rows: Anything with a length, whose samples are named by numbers.
     """
-    last = len(rows) - 1
-    compared = (
-        sorted({place * last // (_SAMPLES_COMPARED - 1) for place in range(_SAMPLES_COMPARED)}) if len(rows) else ()
-    )
     try:
-        first, again = (_digest([_contents(rows[index]) for index in compared]) for _ in range(2))
+        first, again = (_digest([_contents(row) for row in _spread(rows)]) for _ in range(2))
     except (KeyError, TypeError):  # samples that are named otherwise
         return None
     return first if first == again else None
@@ -175,9 +177,9 @@ def check_frozen(model) -> None:
     Raises:
         ValueError: naming the ranks that differ from rank 0, and the first tensors that do.
     """
-    kept = model.state_dict().keys()
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    frozen |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    if topology().world_size == 1:
+        return
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad} | kept_buffers(model)
     sums = channel().gather("frozen weights", bit_sums(frozen))
     differ = [{name for name in (*sums[0], *of_rank) if of_rank.get(name) != sums[0].get(name)} for of_rank in sums]
     if any(differ):

@@ -11,9 +11,18 @@ ENABLE = PREFIX + "ENABLE"
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
+class _NotGiven:
+    """What a field holds until `__post_init__` has looked for its environment variable; `None` may be a value."""
+
+    def __repr__(self) -> str:
+        return "<from the environment>"
+
+
+_NOT_GIVEN = _NotGiven()
+
+
 def _option(default: Any, minimum: int = 1) -> Any:
-    """A field that is `None` until `__post_init__` has looked for its environment variable."""
-    return field(default=None, metadata={"default": default, "minimum": minimum})
+    return field(default=_NOT_GIVEN, metadata={"default": default, "minimum": minimum})
 
 
 @dataclass
@@ -22,7 +31,7 @@ class UnslothPlugin:
     Options of `accelerate_unsloth`, in the manner of Accelerate's own plugins.
 
     A field that is not given is read from the environment variable `ACCELERATE_UNSLOTH_<FIELD>`, and else takes its
-    default. `"auto"` leaves a choice to the library, which shows it with its reason when training starts.
+    default; `None` is a value for those whose default it is. `"auto"` leaves a choice to the library, which shows it with its reason when training starts.
 
     Args:
         engine (`str`, *optional*, defaults to `"auto"`):
@@ -114,12 +123,14 @@ class UnslothPlugin:
         hints = get_type_hints(type(self))
         for option in fields(self):
             value, source = getattr(self, option.name), option.name
-            variable = PREFIX + option.name.upper()
-            if value is None and variable in os.environ:
+            variable, default = PREFIX + option.name.upper(), option.metadata["default"]
+            if value is None and default is not None:
+                value = _NOT_GIVEN
+            if value is _NOT_GIVEN and variable in os.environ:
                 value, source = os.environ[variable], variable
-            if value is None:
-                value = option.metadata["default"]
-            else:
+            if value is _NOT_GIVEN:
+                value = default
+            elif value is not None:
                 value = _parse(source, value, hints[option.name], option.metadata["minimum"])
             setattr(self, option.name, value)
 

@@ -35,6 +35,7 @@ ROOMS += [
     "checkpoints",
     "stopping",
     "watchdog",
+    "buffers",
     "checksum",
     "reduction",
     "optimizer_state",

@@ -293,7 +293,7 @@ def shown(visible_gpus, total_gib=79.6, kernels=None):
     return [(finding.subject, finding.value) for finding in findings]
 
 
-SEGMENTS = {"runs_segments": True, "other": "", "prefers_cudnn": True, "has_varlen": True}
+SEGMENTS = {"sdpa_runs_segments": True, "other": "", "prefers_cudnn": True, "has_varlen": True}
 
 
 def test_every_policy_is_shown_as_it_would_be_on_these_gpus():
@@ -314,7 +314,8 @@ def test_policies_follow_the_memory_the_kernels_and_the_options(monkeypatch):
     assert ": unsloth: " in dict(shown(1, total_gib=11.0))["gradient checkpointing"]
     assert "does not fit 6.0 GiB" in dict(shown(1, total_gib=6.0))["gradient checkpointing"]
     assert (
-        "xformers runs" in dict(shown(1, kernels={"runs_segments": False, "other": "xformers runs rows"}))["attention"]
+        "xformers runs"
+        in dict(shown(1, kernels=SEGMENTS | {"sdpa_runs_segments": False, "other": "xformers runs rows"}))["attention"]
     )
     assert "attention" not in dict(shown(1))  # Unsloth could not be asked
     assert ": unchanged: the reference engine" in dict(shown(0))["attention"]

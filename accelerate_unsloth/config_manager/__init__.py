@@ -1,8 +1,8 @@
 """Options for `enable_multi_gpu`: worked out from model and memory, checked, kept in files."""
 
-import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,13 @@ class ConfigManager:
             gpu_gib=gpu_gib,
             fraction=plugin.memory_fraction,
         )
-        plans_cut = plugin.micro_batch == "auto" and plugin.gradient_sync != "overlapped"
+        in_step = plugin.gradient_sync == "overlapped"
+        plans_cut = micro_batch.why_fixed(plugin.micro_batch, True, in_step) is None
         found = fit(work, plugin.gradient_checkpointing, plans_cut)
         cut = micro_batch.resolve(
             plugin.micro_batch,
             True,
-            plugin.gradient_sync == "overlapped",
+            in_step,
             plugin.micro_batch_tokens,
             found.tokens,
             max_seq_length,
@@ -140,8 +141,7 @@ class ConfigManager:
         options: dict[str, Any] = {} if processes is None else {"num_gpus": processes}
         if found.checkpointing.mode != "unchanged":
             options["enable_gradient_checkpointing"] = found.checkpointing.mode == "unsloth"
-        options["plugin"] = copy.copy(plugin)  # a new one would look for what is None in the environment
-        options["plugin"].micro_batch_tokens = cut.token_budget
+        options["plugin"] = replace(plugin, micro_batch_tokens=cut.token_budget)
         memory = f"{read}; {plugin.memory_fraction:g} of it may be used"
         return ExplainedConfig(options, {**_assumptions(work, found, cut), "processes": counted, "memory": memory})
 

@@ -24,10 +24,7 @@ REMARKS = {
 
 def plain_plugin(**options: Any) -> UnslothPlugin:
     """A plugin of defaults, whatever the environment says, and `options`."""
-    plugin = UnslothPlugin()
-    for option in fields(plugin):
-        setattr(plugin, option.name, options.get(option.name, option.metadata["default"]))
-    return plugin
+    return UnslothPlugin(**{option.name: option.metadata["default"] for option in fields(UnslothPlugin)} | options)
 
 
 def cpu_dry_run() -> ExplainedConfig:

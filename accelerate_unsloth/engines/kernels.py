@@ -13,6 +13,22 @@ from ..ledger import Ledger
 _DISPATCH = "unsloth.utils.attention_dispatch"
 
 
+def describe(engine: str) -> dict:
+    """
+    What the choice of an attention kernel depends on, beside the data: arguments of `policies.attention.resolve`.
+
+    Args:
+        engine (`str`): `"unsloth"` or `"reference"`.
+    """
+    runs_segments, other = sdpa_runs_segments(engine)
+    return {
+        "sdpa_runs_segments": runs_segments,
+        "other": other,
+        "prefers_cudnn": runs_segments and prefers_cudnn(),
+        "has_varlen": runs_segments and spare_varlen() is not None,
+    }
+
+
 def sdpa_runs_segments(engine: str) -> tuple[bool, str]:
     """
     Whether rows without padding run one by one through PyTorch's SDPA, and what runs them otherwise.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .. import engines, shapes
 from ..devices import Device
+from ..engines.kernels import describe
 from ..estimate import estimate
 from ..plugin import UnslothPlugin
 from ..policies import attention, checkpointing, gradient_sync, micro_batch
@@ -21,9 +22,6 @@ _SIZES = {
 _MODEL, _ROW_TOKENS, _ROWS_OF_A_STEP, _LENGTHS = "8B", 2048, 8, 1000
 _PLANNED = f"{_LORA} in 4 bits, rows of {_ROW_TOKENS:,} tokens"
 
-# What `kernels` says where Unsloth is not loaded.
-_NO_KERNELS = {"runs_segments": False, "other": "the reference engine leaves it to transformers"}
-
 
 @dataclass(frozen=True)
 class Choices:
@@ -38,7 +36,7 @@ def findings(visible_gpus: int, devices: Sequence[Device] = (), kernels: dict | 
     Args:
         visible_gpus (`int`): GPUs that torch can use.
         devices (`Sequence[Device]`, *optional*): Those that are visible, for their memory.
-        kernels (`dict`, *optional*): Arguments of `attention.resolve`, as the probe read them off Unsloth.
+        kernels (`dict`, *optional*): What [`kernels.describe`] says of Unsloth, as the probe read it.
     """
     use_cpu = uses_cpu()
     try:
@@ -72,16 +70,8 @@ def _synchronisation(plugin: UnslothPlugin, processes: int) -> Iterator[Finding]
 def _attention(plugin: UnslothPlugin, engine: str, kernels: dict | None) -> Iterator[Finding]:
     if engine == "unsloth" and kernels is None:
         return  # Unsloth could not be asked, which is a finding of its own
-    facts = {"prefers_cudnn": False, "has_varlen": False} | (kernels or _NO_KERNELS)
     try:
-        chosen = attention.resolve(
-            plugin.attention,
-            facts["runs_segments"],
-            facts["other"],
-            facts["prefers_cudnn"],
-            _LENGTHS,
-            facts["has_varlen"],
-        )
+        chosen = attention.resolve(plugin.attention, lengths=_LENGTHS, **(kernels or describe(engine)))
     except ValueError as error:
         yield Finding("attention", str(error), PROBLEM)
         return
@@ -106,7 +96,7 @@ def _cut(plugin: UnslothPlugin, gpu_gib: float | None, processes: int) -> Iterat
             return
         kept = max(1, kept)  # 0 would tell the policy that nothing is known
     rank_tokens, overlapped = _ROWS_OF_A_STEP * _ROW_TOKENS, plugin.gradient_sync == "overlapped"
-    if plugin.micro_batch == "fixed" or overlapped:
+    if micro_batch.why_fixed(plugin.micro_batch, True, overlapped):
         kept = 0  # memory is not planned where the script cuts the micro-batches
     recompute = checkpointing.resolve(plugin.gradient_checkpointing, False, kept, recomputed, _ROW_TOKENS, rank_tokens)
     yield Finding("gradient checkpointing", f"{_PLANNED}: {recompute.mode}: {recompute.reason}")

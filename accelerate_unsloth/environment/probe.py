@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import warnings
+from importlib import import_module
 
 from . import choices
 
@@ -26,10 +27,17 @@ def torch() -> dict:
     }
 
 
-def torchvision() -> dict:
-    import torchvision
+def importing(name: str, *attributes: str):
+    """A function that imports a library, and those of its names that its own file does not load."""
 
-    return {"version": torchvision.__version__}
+    def load() -> dict:
+        module = import_module(name)
+        for attribute in attributes:
+            getattr(module, attribute)
+        return {"version": module.__version__}
+
+    load.__name__ = name
+    return load
 
 
 def xformers() -> dict:
@@ -44,61 +52,25 @@ def xformers() -> dict:
     return {"version": xformers.__version__}
 
 
-def transformers() -> dict:
-    import transformers
-    from transformers import AutoModelForCausalLM, Trainer  # noqa: F401  # the package itself loads nothing
-
-    return {"version": transformers.__version__}
-
-
-def accelerate() -> dict:
-    import accelerate
-    from accelerate import Accelerator  # noqa: F401
-
-    return {"version": accelerate.__version__}
-
-
-def peft() -> dict:
-    import peft
-    from peft import get_peft_model  # noqa: F401
-
-    return {"version": peft.__version__}
-
-
-def trl() -> dict:
-    import trl
-    from trl import SFTTrainer  # noqa: F401  # the package itself loads nothing
-
-    return {"version": trl.__version__}
-
-
-def bitsandbytes() -> dict:
-    import bitsandbytes
-
-    return {"version": bitsandbytes.__version__}
-
-
 def unsloth() -> dict:
     """Loads its kernels, and says what attention they would run through."""
     import unsloth
 
     from ..engines import kernels
 
-    runs_segments, other = kernels.sdpa_runs_segments("unsloth")
-    facts = {
-        "runs_segments": runs_segments,
-        "other": other,
-        "prefers_cudnn": kernels.prefers_cudnn(),
-        "has_varlen": runs_segments and kernels.spare_varlen() is not None,
-    }
-    return {"version": unsloth.__version__, "kernels": facts}
+    return {"version": unsloth.__version__, "kernels": kernels.describe("unsloth")}
 
 
 def to_load(visible_gpus: int) -> list:
     """What a training imports, that of Unsloth first, which wants to be before the libraries it patches."""
-    libraries = [transformers, accelerate, peft, trl]
+    libraries = [
+        importing("transformers", "AutoModelForCausalLM", "Trainer"),
+        importing("accelerate", "Accelerator"),
+        importing("peft", "get_peft_model"),
+        importing("trl", "SFTTrainer"),
+    ]
     if choices.engine_name(visible_gpus) == "unsloth":
-        return [bitsandbytes, unsloth, *libraries]
+        return [importing("bitsandbytes"), unsloth, *libraries]
     return libraries
 
 
@@ -107,12 +79,10 @@ def attempt(load, answer) -> dict:
     print(json.dumps({"begin": load.__name__}), file=answer)
     try:
         result = load()
-    except ModuleNotFoundError as error:
-        missing = error.name == load.__name__
-        failed = {"error": f"{type(error).__name__}: {error}", "cause": str(_first_of(error))}
-        result = {"missing": True} if missing else failed
     except Exception as error:
         result = {"error": f"{type(error).__name__}: {error}", "cause": str(_first_of(error))}
+        if isinstance(error, ModuleNotFoundError) and error.name == load.__name__:
+            result = {"missing": True}
     print(json.dumps({"library": load.__name__, **result}), file=answer)
     return result
 
@@ -129,7 +99,7 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     gpus = attempt(torch, answer).get("gpus", 0)
-    for load in (torchvision, xformers, *to_load(gpus)):
+    for load in (importing("torchvision"), xformers, *to_load(gpus)):
         attempt(load, answer)
 
 

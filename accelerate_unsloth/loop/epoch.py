@@ -10,6 +10,7 @@ from ..channel import channel
 from ..data import dealt
 from ..policies.aggregation import AggregationMethod
 from ..reduction import StepTotals
+from .state import changed
 
 
 class EpochMixin:
@@ -21,14 +22,9 @@ class EpochMixin:
         if self.step_in_epoch == 0:
             self.epoch_facts, self.epoch_order = epochs.facts, self._draw(epochs.draw)
         elif self.epoch_facts != epochs.facts:
-            begun = self.epoch_facts or {}
-            differ = [
-                f"{name}={begun.get(name)!r}, now {epochs.facts.get(name)!r}"
-                for name in {**begun, **epochs.facts}
-                if begun.get(name) != epochs.facts.get(name)
-            ]
+            differ = "; ".join(changed(self.epoch_facts or {}, epochs.facts))
             raise ValueError(
-                f"Epoch {self.epoch} has done {self.step_in_epoch} steps of another loader: {'; '.join(differ)}. Go on with "
+                f"Epoch {self.epoch} has done {self.step_in_epoch} steps of another loader: {differ}. Go on with "
                 "that one, or set step_in_epoch = 0 to begin the epoch anew."
             )
         return epochs

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import checkpoints, saving
+from ..buffers import kept_buffers
 from ..channel import channel
 from ..policies.aggregation import AggregationMethod
 
@@ -68,11 +69,8 @@ def load(trainer, folder: Path) -> None:
     if wrong is not None:
         raise ValueError(f"{folder} is not a complete checkpoint: {wrong}. Name another one.")
     state = json.loads((folder / _STATE).read_text())
-    differ = [
-        f"{name}={state.get(name)!r}, now {value!r}"
-        for name, value in _described(trainer).items()
-        if state.get(name) != value
-    ]
+    described = _described(trainer)
+    differ = changed({name: state.get(name) for name in described}, described)
     if differ:
         raise ValueError(f"{folder} is of another training: {'; '.join(differ)}. Set them as they were.")
     _restore_weights(trainer.model, load_file(folder / _WEIGHTS))
@@ -88,6 +86,12 @@ def load(trainer, folder: Path) -> None:
         _throw(torch.load(dice, weights_only=True))
 
 
+def changed(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what is not as it was."""
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return [f"{name}={was.get(name)!r}, now {now.get(name)!r}" for name in names]
+
+
 def _described(trainer) -> dict[str, Any]:
     """What has to be as it was."""
     trained = sorted((name, list(tensor.shape)) for name, tensor in _trained(trainer.model).items())
@@ -97,9 +101,8 @@ def _described(trainer) -> dict[str, Any]:
         "optimizer, scheduler and scaler": sorted(_moving(trainer)),
         "trained tensors": json.loads(json.dumps(trained)),
     }
-    if (
-        trainer.aggregation.method is not AggregationMethod.TOKEN_MEAN
-    ):  # the only one that does not ask how a step is cut
+    # The only method that does not ask how a step is cut.
+    if trainer.aggregation.method is not AggregationMethod.TOKEN_MEAN:
         described["micro-batches of a step"] = trainer.gradient_accumulation_steps * trainer.place.world_size
     return described
 
@@ -117,9 +120,7 @@ def _moving(trainer) -> dict[str, Any]:
 def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: trainable parameters, and buffers that a model keeps. Frozen weights are the model's own."""
     tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kept = model.state_dict().keys()
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in (tensors | kept_buffers(model)).items()}
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from .. import agreement, launch_hint
+from ..buffers import kept_buffers
 from ..channel import channel
 from ..data import dealt
 from ..data.loader import count_items
@@ -168,8 +169,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
     def _share_buffers(self) -> None:
         """Give all ranks the buffers of rank 0 that a model keeps, such as the running means of each rank's own samples."""
         if self.place.world_size > 1:
-            kept = self.model.state_dict().keys()
-            broadcast(buffer for name, buffer in self.model.named_buffers() if name in kept)
+            broadcast(kept_buffers(self.model).values())
 
     @cached_property
     def place(self) -> dealt.Place:

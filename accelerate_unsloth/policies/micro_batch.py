@@ -53,14 +53,8 @@ def resolve(
     30000
     ```
     """
-    if requested == "fixed":
-        return MicroBatchChoice("fixed", None, "asked for")
-    if not lengths_known:
-        return MicroBatchChoice("fixed", None, "the lengths of the samples are not known")
-    if in_step:
-        return MicroBatchChoice("fixed", None, "overlapped ranks meet in every micro-step")
-    if noisy:
-        return MicroBatchChoice("fixed", None, "the strength of NEFTune's noise depends on the micro-batch")
+    if why := why_fixed(requested, lengths_known, in_step, noisy):
+        return MicroBatchChoice("fixed", None, why)
     if most_tokens is not None and longest > most_tokens:
         raise ValueError(
             f"micro_batch_tokens={most_tokens}, but the longest sample has {longest} tokens. Give at least that many, or "
@@ -73,6 +67,17 @@ def resolve(
     budget = max(min(budgets), longest)
     reason = "asked for" if budget == most_tokens else "what the memory holds"
     return MicroBatchChoice("auto", budget, f"at most {budget:,} tokens each: {reason}")
+
+
+def why_fixed(requested: str, lengths_known: bool, in_step: bool, noisy: bool = False) -> str | None:
+    """Why the cut stays that of the user's arguments, whatever the memory holds; `None` where it follows the memory."""
+    if requested == "fixed":
+        return "asked for"
+    if not lengths_known:
+        return "the lengths of the samples are not known"
+    if in_step:
+        return "overlapped ranks meet in every micro-step"
+    return "the strength of NEFTune's noise depends on the micro-batch" if noisy else None
 
 
 def confirmed(choice: MicroBatchChoice, tokens: int, longest: int) -> MicroBatchChoice:

@@ -113,15 +113,9 @@ class PlanningMixin:
 
     def _resolve_attention(self) -> None:
         """Choose the attention kernel, for the time of the training."""
-        runs_segments, other = kernels.sdpa_runs_segments(choice.name)
-        self.attention = attention.resolve(
-            self.plugin.attention,
-            runs_segments,
-            other,
-            kernels.prefers_cudnn(),
-            count_different(self.train_dataset, self._train_lengths) if runs_segments else 0,
-            runs_segments and kernels.spare_varlen() is not None,
-        )
+        found = kernels.describe(choice.name)
+        different = count_different(self.train_dataset, self._train_lengths) if found["sdpa_runs_segments"] else 0
+        self.attention = attention.resolve(self.plugin.attention, lengths=different, **found)
         self._undo_after_training.enter_context(attention.applied(self.attention))
 
     def _plan_step(self) -> None:
@@ -133,23 +127,20 @@ class PlanningMixin:
         rank_tokens /= self.accelerator.num_processes
         asked = getattr(self.model, "_accelerate_unsloth_checkpointing_asked", True)
         asked = asked or not self.args.gradient_checkpointing
-        noisy = bool(getattr(self.args, "neftune_noise_alpha", None))
-        in_step = self.gradient_sync.mode == "overlapped"
-        plans_cut = self.plugin.micro_batch == "auto" and sampler is not None and not in_step and not noisy
-        plans_memory = plans_cut and lengths is not None
+        cutting = {
+            "requested": self.plugin.micro_batch,
+            "lengths_known": lengths is not None and sampler is not None,
+            "in_step": self.gradient_sync.mode == "overlapped",
+            "noisy": bool(getattr(self.args, "neftune_noise_alpha", None)),
+        }
+        plans_memory = micro_batch.why_fixed(**cutting) is None
         self.checkpointing = checkpointing.resolve(
             self.plugin.gradient_checkpointing, asked, without if plans_memory else 0, with_, longest, rank_tokens
         )
         self._apply_checkpointing()
         fits = with_ if kernels.recomputes(self.model) else without
         self.micro_batch = micro_batch.resolve(
-            self.plugin.micro_batch,
-            lengths is not None and sampler is not None,
-            in_step,
-            self.plugin.micro_batch_tokens,
-            fits or None,
-            longest,
-            noisy=noisy,
+            most_tokens=self.plugin.micro_batch_tokens, fits=fits or None, longest=longest, **cutting
         )
         if self.micro_batch.mode == "auto":
             self._probe_until_it_fits(sampler, longest)
