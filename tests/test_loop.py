@@ -5,26 +5,11 @@ import math
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset
-from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from accelerate_unsloth import AggregationMethod, MultiGPUTrainer, UnslothPlugin
-from accelerate_unsloth.agreement import digest_of_samples
-from accelerate_unsloth.checksum import bit_sums
-from accelerate_unsloth.data import dealt
-from accelerate_unsloth.data.dealt import Place
-from accelerate_unsloth.data.loader_order import order_of
 from accelerate_unsloth.policies import aggregation
 
 from .launching import WORKERS, launch
@@ -199,29 +184,6 @@ def test_what_is_wrong_on_one_rank_ends_all_with_one_message(broken, words, tmp_
     finished = launch(WORKERS / "aggregate.py", [tmp_path, broken], processes=2)
     assert finished.status != 0
     assert finished.output.count(words) == 1, finished.output[-4000:]
-
-
-def rows_of_hub():
-    return Dataset.from_dict({"value": list(range(8))})
-
-
-class EveryOther(torch.utils.data.Sampler):
-    """A sampler of one's own that knows of ranks."""
-
-    rank = 0
-
-    def __len__(self):
-        return 4
-
-    def __iter__(self):
-        return iter(range(self.rank, 8, 2))
-
-
-class Stream(IterableDataset):
-    """Seven numbers without a length."""
-
-    def __iter__(self):
-        return iter(range(7))
 
 
 def model():
@@ -407,6 +369,20 @@ def test_a_batch_without_a_loss_is_refused_with_words():
         MultiGPUTrainer(model()).train_epoch(DataLoader(torch.ones(2, 2)))
 
 
+def test_an_epoch_is_planned_anew_when_the_data_or_the_accumulation_changes():
+    rows = [torch.ones(2)] * 4
+    loader = DataLoader(rows, batch_size=2)
+    trainer = MultiGPUTrainer(model(), loss_fn=loss_fn)
+    assert trainer.train_epoch(loader).num_samples == 4
+    rows += [torch.ones(2)] * 4
+    assert trainer.train_epoch(loader).num_samples == 8
+    del rows[2:]
+    assert trainer.train_epoch(loader).num_samples == 2
+    rows += [torch.ones(2)] * 6
+    trainer.gradient_accumulation_steps = 2
+    assert trainer.train_epoch(loader).num_steps == 2
+
+
 # ---- Aggregation ----
 
 
@@ -431,246 +407,3 @@ def test_tokens_weigh_where_they_can_be_counted(counts, method):
     choice = aggregation.resolve(None, counts)
     assert choice.method == method
     assert choice.reason
-
-
-# ---- Dealing a user's own loader ----
-
-
-@pytest.mark.parametrize(
-    ("loader", "order"),
-    [
-        (DataLoader([1, 2, 3], batch_size=2), "sequential"),
-        (DataLoader([1, 2, 3], batch_size=2, shuffle=True), "random"),
-        (DataLoader([1, 2, 3], sampler=DistributedSampler([1, 2, 3], 2, 0)), "random"),
-        (DataLoader([1, 2, 3], sampler=DistributedSampler([1, 2, 3], 2, 1, shuffle=False)), "sequential"),
-        (DataLoader([1, 2, 3], sampler=RandomSampler([1, 2, 3], replacement=True)), "drawn"),
-        (DataLoader([1, 2, 3], sampler=RandomSampler([1, 2, 3], num_samples=2)), "drawn"),
-        (DataLoader([1, 2, 3], sampler=WeightedRandomSampler([1, 1, 1], 3)), "drawn"),
-        (DataLoader([1, 2, 3], batch_sampler=[[0], [1, 2]]), "drawn"),
-        (DataLoader([1, 2, 3], batch_size=None), "drawn"),
-        (DataLoader([1, 2, 3], batch_sampler=BatchSampler(range(3), 2, False)), "drawn"),
-        (DataLoader(Stream(), batch_size=2), "stream"),
-    ],
-)
-def test_only_batches_that_pytorch_forms_by_itself_are_formed_anew(loader, order):
-    assert order_of(loader) == order
-
-
-@pytest.mark.parametrize(
-    ("loader", "words"),
-    [
-        (
-            prepare_data_loader(DataLoader(range(8), batch_size=2), num_processes=2, process_index=0),
-            "dealt over the ranks",
-        ),
-        (prepare_data_loader(DataLoader(Stream()), num_processes=2, process_index=0), "dealt over the ranks"),
-        (DataLoader(range(8), sampler=DistributedSampler(range(4), 2, 0)), "dealt over the ranks"),
-        (
-            DataLoader(range(8), batch_sampler=BatchSampler(DistributedSampler(range(8), 2, 0), 2, False)),
-            "dealt over the ranks",
-        ),
-        (DataLoader(range(8), sampler=EveryOther()), "dealt over the ranks"),
-        (DataLoader(split_dataset_by_node(rows_of_hub().to_iterable_dataset(), 0, 2)), "dealt over the ranks"),
-        ([1, 2], "A list was given as a loader"),
-        (DataLoader(range(8), sampler=(index for index in range(8))), "tells no length"),
-    ],
-)
-def test_loaders_that_cannot_be_dealt_are_refused(loader, words):
-    """They would leave out samples, or end at another step on each rank."""
-    with pytest.raises(ValueError, match=words):
-        order_of(loader)
-
-
-@pytest.mark.parametrize(
-    ("loader", "lengths", "words"),
-    [
-        (DataLoader(range(8), batch_size=2), [1, 2], "2 numbers for 8 samples"),
-        (DataLoader(range(8), batch_sampler=[[0], [1]]), [1] * 8, "batches of a sampler of your own stay"),
-        (DataLoader(Stream(), batch_size=2), [1] * 8, "batches of a stream stay"),
-    ],
-)
-def test_lengths_that_cannot_be_used_are_refused(loader, lengths, words):
-    with pytest.raises(ValueError, match=words):
-        dealt.for_training(loader, Place(0, 1), accumulation=1, seed=0, lengths=lengths)
-
-
-def padded_tokens(balance, accumulation=2):
-    """Tokens, padding included, that each of two ranks computes in a step of 16 samples."""
-    lengths = [(37 * i) % 101 + 1 for i in range(32)]
-    loader = DataLoader(list(range(32)), batch_size=4)
-    plan = dealt.for_training(loader, Place(0, 2), accumulation, seed=0, balance=balance, lengths=lengths)
-    ranks = plan._loader.batch_sampler.plan(step=0)
-    return [sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) for batches in ranks]
-
-
-def test_padded_rows_are_dealt_so_that_ranks_are_level_and_little_is_padded():
-    balanced, numbered = padded_tokens(balance=True), padded_tokens(balance=False)
-    assert max(balanced) - min(balanced) <= max(numbered) - min(numbered)
-    assert sum(balanced) < 0.8 * sum(numbered)
-
-
-def everyone(batches_of, world_size):
-    return [list(batches_of(Place(rank, world_size))) for rank in range(world_size)]
-
-
-BATCHES = [[9, 1], [2, 3, 4], [5], [6, 7], [8, 0]]
-
-
-def test_batches_of_a_sampler_of_ones_own_are_taken_by_turns():
-    def batches(place):
-        epochs = dealt.for_training(DataLoader(list(range(10)), batch_sampler=BATCHES), place, 1, seed=0)
-        return (batch for step in epochs.steps(0, 0, epochs.draw()) for batch in step)
-
-    ranks = everyone(batches, 2)
-    assert [[batch.inputs.tolist() for batch in rank] for rank in ranks] == [BATCHES[0::2], BATCHES[1::2]]
-    assert all(batch.samples == batch.inputs.tolist() for rank in ranks for batch in rank)
-
-
-def test_only_a_ranks_own_samples_are_loaded():
-    loaded = []
-
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 10
-
-        def __getitem__(self, index):
-            loaded.append(index)
-            return index
-
-    epochs = dealt.for_training(DataLoader(Rows(), batch_sampler=BATCHES), Place(1, 2), 1, seed=0)
-    list(epochs.steps(0, 1, epochs.draw()))
-    assert loaded == [6, 7]
-
-
-def test_batches_of_a_stream_are_taken_by_turns():
-    def batches(place):
-        epochs = dealt.for_training(DataLoader(Stream(), batch_size=2), place, 1, seed=0)
-        return (batch for step in epochs.steps(0, 1, None) for batch in step)
-
-    ranks = everyone(batches, 2)
-    assert [[batch.inputs.tolist() for batch in rank] for rank in ranks] == [[[4, 5]], [[6]]]
-    assert [[batch.samples for batch in rank] for rank in ranks] == [[[(2, 0), (2, 1)]], [[(3, 0)]]]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_evaluation_takes_a_repeated_sample_once(batch_size):
-    loader = DataLoader(list(range(4)), sampler=[3, 1, 3, 1, 0, 0], batch_size=batch_size)
-    ranks = everyone(lambda place: dealt.for_evaluation(loader, place), 2)
-    assert sorted(index for rank in ranks for batch in rank for index in batch.samples) == [0, 1, 3]
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_a_distributed_sampler_does_not_deal_twice_or_repeat(shuffle):
-    def batches(place):
-        sampler = DistributedSampler(range(5), place.world_size, place.rank, shuffle=shuffle)
-        epochs = dealt.for_training(DataLoader(range(5), sampler=sampler, batch_size=2), place, 1, seed=0)
-        return (batch for step in epochs.steps(0, 0, None) for batch in step)
-
-    ranks = everyone(batches, 2)
-    assert sorted(value for rank in ranks for batch in rank for value in batch.inputs.tolist()) == list(range(5))
-
-
-def test_a_data_set_that_holds_batches_is_dealt_batch_by_batch():
-    rows = [torch.arange(3), torch.arange(3, 5), torch.arange(5, 9)]
-    loader = DataLoader(rows, batch_size=None, shuffle=True)
-    ranks = everyone(lambda place: dealt.for_evaluation(loader, place), 1)
-    places = {
-        place: value for batch in ranks[0] for place, value in zip(batch.samples, batch.inputs.tolist(), strict=True)
-    }
-    assert [places[place] for place in sorted(places)] == list(range(9))
-
-
-@pytest.mark.parametrize("rows", [7, 8])
-def test_an_evaluation_gives_each_sample_to_one_rank(rows):
-    loader = DataLoader(list(range(rows)), batch_size=2, shuffle=True)
-    ranks = everyone(lambda place: dealt.for_evaluation(loader, place), 3)
-    values = [value for rank in ranks for batch in rank for value in batch.inputs.tolist()]
-    assert sorted(values) == list(range(rows))
-    for rank in ranks:
-        assert all(batch.inputs.tolist() == batch.samples for batch in rank)
-
-
-def test_samples_may_be_named_by_tuples():
-    rows = {(row, column): 10 * row + column for row in range(2) for column in range(2)}
-    loader = DataLoader(rows, batch_sampler=[[(0, 1), (1, 0)], [(1, 1), (0, 1)]])
-    as_json = json.loads(json.dumps(dealt.for_training(loader, Place(0, 1), 1, seed=0).draw()))
-    epochs = dealt.for_training(loader, Place(0, 1), 1, seed=0)
-    trained = [batch.inputs.tolist() for step in epochs.steps(0, 0, as_json) for batch in step]
-    assert trained == [[1, 10], [11, 1]]
-    evaluated = dealt.for_evaluation(loader, Place(0, 1), share=lambda draw: json.loads(json.dumps(draw())))
-    assert [batch.samples for batch in evaluated] == [[(0, 1), (1, 0)], [(1, 1)]]
-
-
-def test_a_loader_with_an_iteration_of_its_own_is_read_as_a_stream():
-    class Doubling(DataLoader):
-        def __iter__(self):
-            return (2 * batch for batch in super().__iter__())
-
-    def batches(place):
-        epochs = dealt.for_training(Doubling([1, 2, 3], batch_size=1), place, 1, seed=0)
-        return [batch.inputs.item() for step in epochs.steps(0, 0, None) for batch in step]
-
-    assert everyone(batches, 2) == [[2, 6], [4]]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "rows"), [({"n": 3, "x": torch.ones(4, 2)}, 4), ({"n": 3, "name": "abc"}, 1), (torch.ones(5), 5)]
-)
-def test_the_samples_of_a_batch_are_counted_by_its_first_list(inputs, rows):
-    assert dealt._rows(inputs) == rows
-
-
-def test_an_epoch_is_planned_anew_when_the_data_or_the_accumulation_changes():
-    rows = [torch.ones(2)] * 4
-    loader = DataLoader(rows, batch_size=2)
-    trainer = MultiGPUTrainer(model(), loss_fn=loss_fn)
-    assert trainer.train_epoch(loader).num_samples == 4
-    rows += [torch.ones(2)] * 4
-    assert trainer.train_epoch(loader).num_samples == 8
-    del rows[2:]
-    assert trainer.train_epoch(loader).num_samples == 2
-    rows += [torch.ones(2)] * 6
-    trainer.gradient_accumulation_steps = 2
-    assert trainer.train_epoch(loader).num_steps == 2
-
-
-def test_contents_are_compared_unless_they_differ_by_nature():
-    class Noisy:
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            return torch.rand(2)
-
-    class Thing:
-        pass
-
-    same, other = ([{"x": torch.arange(3) + offset, "of": Thing()} for _ in range(70)] for offset in (0, 1))
-    again = [{"x": torch.arange(3), "of": Thing()} for _ in range(70)]
-    assert digest_of_samples(same) == digest_of_samples(again) != digest_of_samples(other)
-    assert digest_of_samples(Noisy()) is None
-    assert digest_of_samples({(0, 1): 2}) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float64])
-def test_checksums_tell_bits_and_places(dtype):
-    values = torch.arange(24).reshape(4, 6).to(dtype)
-    tensors = {"same": values.clone(), "turned": values.flip(0), "other": values + 1, "scalar": values[0, 3]}
-    tensors["strided"] = values.T.contiguous().T
-    sums = bit_sums(tensors | {"first": values})
-    assert sums["first"] == sums["same"] == sums["strided"]
-    assert len({sums[name] for name in ("first", "turned", "other", "scalar")}) == 4
-
-
-def test_pieces_of_a_large_tensor_are_told_apart(monkeypatch):
-    monkeypatch.setattr("accelerate_unsloth.checksum._PIECE", 4)
-    first, turned = torch.arange(8), torch.arange(8).roll(4)
-    sums = bit_sums({"first": first, "turned": turned})
-    assert sums["first"] != sums["turned"]
-
-
-def test_options_of_the_loader_are_kept():
-    loader = DataLoader(list(range(8)), batch_size=2, num_workers=2, drop_last=True, collate_fn=tuple, timeout=9)
-    epochs = dealt.for_training(loader, Place(0, 1), accumulation=3, seed=0)
-    assert (epochs._loader.num_workers, epochs._loader.timeout) == (2, 9)
-    assert epochs.num_steps(None) == 1  # one whole effective batch of 6, the rest dropped

@@ -1,5 +1,7 @@
 """Options: defaults, environment, checks, and what of them reaches a real DDP module."""
 
+from dataclasses import replace
+
 import pytest
 
 from accelerate_unsloth import UnslothPlugin
@@ -74,3 +76,12 @@ def test_the_preset_reaches_a_real_ddp_module(one_gloo_process, monkeypatch):
     assert module.find_unused_parameters is True
     assert module.broadcast_buffers is False
     assert [hook.__name__ for hook, _ in module._comm_hooks] == ["bf16_compress_hook"]
+
+
+def test_none_is_a_value_of_the_options_that_have_it_as_default(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_MICRO_BATCH_TOKENS", "4096")
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_MONITOR", "0")
+    assert UnslothPlugin().micro_batch_tokens == 4096
+    assert UnslothPlugin(micro_batch_tokens=None).micro_batch_tokens is None
+    assert replace(UnslothPlugin(micro_batch_tokens=None), report=False).micro_batch_tokens is None
+    assert UnslothPlugin(monitor=None).monitor is False  # which cannot be None
