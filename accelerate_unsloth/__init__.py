@@ -2,12 +2,14 @@
 Exact and fast multi-GPU fine-tuning with Unsloth, as a Hugging Face Accelerate plugin.
 
 Importing this package costs nothing: every public name is resolved when it is first used, so that Unsloth can be
-imported before trl, transformers and peft, and each process can take its own GPU before CUDA starts.
+imported before trl, transformers and peft, and each process can take its own GPU before CUDA starts. Only under a
+launcher of several processes PyTorch is imported, to see whether they run without GPUs.
 """
 
 from importlib import import_module
 
 from ._version import __version__
+from .topology import declare_cpu_launch
 
 _PUBLIC = {
     "FastLanguageModel": "engines.loaded",
@@ -40,3 +42,6 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *_PUBLIC})
+
+
+declare_cpu_launch()

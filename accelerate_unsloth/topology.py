@@ -1,6 +1,7 @@
 """Where this process stands among the others."""
 
 import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,3 +61,31 @@ def attempt() -> str:
 def uses_cpu() -> bool:
     """Whether this launch was told to stay on the CPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+
+
+def declare_cpu_launch() -> None:
+    """
+    Tell accelerate that several processes on a machine without GPUs belong together.
+
+    accelerate's multi-process launcher does not hand `use_cpu: true` of a config file on to its processes (accelerate
+    1.15, `utils/launch.py: prepare_multi_gpu_env`). A plain `Accelerator()` then takes each of them for a job of its own
+    (`DistributedType.NO`), without a word. Delete this when the launcher sets `ACCELERATE_USE_CPU` there too.
+
+    Raises:
+        RuntimeError: if accelerate's state exists already and knows of one process only.
+    """
+    world_size = topology().world_size
+    if world_size == 1 or uses_cpu():
+        return
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.PartialState._shared_state and state.PartialState().num_processes == 1:
+        raise RuntimeError(
+            f"The launcher started {world_size} processes without GPUs, but an Accelerator() or PartialState() that was made "
+            "before accelerate_unsloth was imported takes each of them for a job of its own. Import accelerate_unsloth "
+            "first, or set ACCELERATE_USE_CPU=true before the launch."
+        )
