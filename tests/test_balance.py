@@ -9,8 +9,9 @@ from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from accelerate_unsloth.data.balance import RowCost, cut, deal_balanced, deal_level, pack_padded
+from accelerate_unsloth.data.balance import RowCost, assign_in_sizes, cut, deal_balanced, deal_level, pack_padded
 from accelerate_unsloth.data.lengths import count_different, count_lengths, lengths_of, write_lengths
+from accelerate_unsloth.data.sampler import deal
 
 ROWS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 COSTS = st.sampled_from([RowCost(), RowCost(attention_per_token=4e-5), RowCost(padded=True)])
@@ -49,24 +50,45 @@ PADDED, SQUARE = RowCost(padded=True), RowCost(attention_per_token=1.0)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "cost", "options", "expected"),
+    ("lengths", "cost", "budget", "expected"),
     [
-        ([5, 5, 5], RowCost(), {"token_budget": 10}, [[10, 12], [11]]),
-        ([5, 5], RowCost(), {"token_budget": 10}, [[10, 11]]),  # just full
-        ([6, 6, 6, 1, 1], RowCost(), {"token_budget": 10}, [[10, 13], [11, 14], [12]]),  # one more than by the sum
-        ([0], RowCost(), {"token_budget": 10}, [[10]]),
-        ([1, 1], RowCost(), {"count": 3}, [[10], [11]]),  # and none empty
-        ([6, 4, 3, 3], RowCost(), {"count": 2}, [[10, 13], [11, 12]]),
-        ([6, 4, 3, 3], SQUARE, {"count": 2}, [[10], [11, 12, 13]]),
-        ([1, 9, 1], PADDED, {"token_budget": 9}, [[11], [10, 12]]),
-        ([1, 9, 1], PADDED, {"count": 1}, [[11, 10, 12]]),
-        ([4, 4], PADDED, {"token_budget": 8}, [[10, 11]]),  # just full
-        ([8, 3, 2, 2], PADDED, {"token_budget": 8}, [[10], [11, 12], [13]]),
-        ([7, 6, 1], PADDED, {"token_budget": 19}, [[11, 12], [10]]),  # one more than by the sum, not two
+        ([5, 5, 5], RowCost(), 10, [[10, 12], [11]]),
+        ([5, 5], RowCost(), 10, [[10, 11]]),  # just full
+        ([6, 6, 6, 1, 1], RowCost(), 10, [[10, 13], [11, 14], [12]]),  # one more than by the sum
+        ([0], RowCost(), 10, [[10]]),
+        ([6, 4, 3, 3], RowCost(), 9, [[10, 13], [11, 12]]),
+        ([6, 4, 3, 3], SQUARE, 10, [[10], [11, 12, 13]]),
+        ([1, 9, 1], PADDED, 9, [[11], [10, 12]]),
+        ([1, 9, 1], PADDED, 27, [[11, 10, 12]]),
+        ([4, 4], PADDED, 8, [[10, 11]]),  # just full
+        ([8, 3, 2, 2], PADDED, 8, [[10], [11, 12], [13]]),
+        ([7, 6, 1], PADDED, 19, [[11, 12], [10]]),  # one more than by the sum, not two
     ],
 )
-def test_a_share_is_cut_as_the_budget_or_the_count_asks(lengths, cost, options, expected):
-    assert cut(range(10, 10 + len(lengths)), lengths, cost, **options) == expected
+def test_a_share_is_split_as_the_budget_asks(lengths, cost, budget, expected):
+    assert cut(range(10, 10 + len(lengths)), lengths, cost, budget) == expected
+
+
+@given(ROWS, st.integers(1, 4), st.integers(1, 5), COSTS)
+@settings(max_examples=200, deadline=None)
+def test_fixed_sizes_are_kept_and_nothing_is_lost(lengths, world_size, micro_batch, cost):
+    samples = list(range(len(lengths)))
+    accumulation = -(-len(samples) // (world_size * micro_batch))
+    rows = deal(samples, world_size, accumulation, micro_batch)
+    sizes = [[len(row[rank]) for row in rows if row[rank]] for rank in range(world_size)]
+    ranks = assign_in_sizes(samples, lengths, sizes, cost)
+    assert [sorted(map(len, batches)) for batches in ranks] == [sorted(of_rank) for of_rank in sizes]
+    assert sorted(i for batches in ranks for batch in batches for i in batch) == samples
+
+
+@pytest.mark.parametrize("cost", [RowCost(), PADDED])
+def test_fixed_sizes_are_balanced(cost):
+    """60 rows of 16 tokens and 4 of 2,048: two ranks of two micro-batches of 16 rows each."""
+    lengths = [16] * 60 + [2048] * 4
+    ranks = assign_in_sizes(range(64), lengths, [[16, 16], [16, 16]], cost)
+    assert [[len(batch) for batch in batches] for batches in ranks] == [[16, 16], [16, 16]]
+    loads = [sum(cost.tokens([lengths[i] for i in batch]) for batch in batches) for batches in ranks]
+    assert loads == ([4576, 4576] if cost is not PADDED else [2048 * 16 + 256, 512])
 
 
 @pytest.mark.parametrize(
@@ -102,19 +124,12 @@ def test_rows_without_tokens_are_packed_like_others():
     assert len(pack_padded([0, 2, 0, 0], 2)) == 2
 
 
-@given(ROWS, st.integers(1, 6), st.integers(1, 4), COSTS)
-@settings(max_examples=200, deadline=None)
-def test_nothing_is_lost_or_doubled_and_no_micro_batch_is_empty(lengths, world_size, count, cost):
-    ranks = deal_balanced(list(range(len(lengths))), lengths, world_size, cost, count)
-    assert len(ranks) == world_size
-    assert all(len(batches) <= count and all(batches) for batches in ranks)
-    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(len(lengths)))
-
-
 @given(ROWS, st.integers(1, 6), COSTS, st.integers(500, 2000))
 @settings(max_examples=200, deadline=None)
 def test_a_budget_is_kept_by_all_micro_batches(lengths, world_size, cost, budget):
     ranks = deal_balanced(list(range(len(lengths))), lengths, world_size, cost, token_budget=budget)
+    assert len(ranks) == world_size
+    assert all(all(batches) for batches in ranks)  # none is empty
     assert all(cost.tokens([lengths[i] for i in batch]) <= budget for batches in ranks for batch in batches)
     assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(len(lengths)))
 
@@ -137,13 +152,13 @@ def test_ranks_are_level_on_the_lengths_of_the_benchmark():
     generator, cost = np.random.default_rng(0), RowCost(attention_per_token=3.8e-5)
     for _ in range(1000):
         lengths = np.clip(generator.lognormal(6.9, 1.0, 64) / 3.2, 1, 2048).astype(int).tolist()
-        ranks = deal_balanced(list(range(64)), lengths, 4, cost)
+        ranks = deal_balanced(list(range(64)), lengths, 4, cost, token_budget=8192)
         loads = [sum(cost.of(lengths[i]) for batch in batches for i in batch) for batches in ranks]
         assert max(loads) / (sum(loads) / 4) <= 1.02
 
 
 def test_padded_rows_meet_their_like():
-    ranks = deal_balanced(list(range(6)), [100, 10, 90, 9, 11, 12], 2, RowCost(padded=True))
+    ranks = deal_balanced(list(range(6)), [100, 10, 90, 9, 11, 12], 2, RowCost(padded=True), token_budget=200)
     assert sorted(sorted(batch) for batches in ranks for batch in batches) == [[0, 2], [1, 3, 4, 5]]
 
 

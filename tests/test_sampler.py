@@ -135,11 +135,16 @@ def test_a_filler_is_of_the_same_step_and_comes_behind_the_work(way, num_samples
 
 @given(st.integers(1, 90), LAUNCH)
 @settings(max_examples=60, deadline=None)
-def test_a_share_is_accumulated_in_as_many_micro_batches_as_the_arguments_say(num_samples, launch):
-    sampler = ways(num_samples, launch, "by tokens")[0]
-    for step in range(sampler.num_steps):
-        for batches in sampler.plan(step):
-            assert len(batches) == min(sampler.accumulation, sum(map(len, batches)))
+def test_micro_batches_have_the_size_of_the_arguments(num_samples, launch):
+    for way in ("by number", "by tokens", "padded"):
+        sampler = ways(num_samples, launch, way)[0]
+        full, rest = divmod(num_samples, sampler.effective_batch)
+        for step in range(full):
+            for batches in sampler.plan(step):
+                assert [len(batch) for batch in batches] == [sampler.micro_batch] * sampler.accumulation
+        if rest:
+            sizes = [len(batch) for batches in sampler.plan(full) for batch in batches]
+            assert max(sizes) <= sampler.micro_batch
 
 
 def test_micro_batches_of_a_budget_are_spread_over_the_micro_steps():

@@ -32,9 +32,14 @@ class RowCost:
         return len(lengths) * max(lengths, default=0) if self.padded else sum(lengths)
 
 
-def deal_level(costs: Sequence[float], parts: int) -> list[list[int]]:
+def deal_level(costs: Sequence[float], parts: int, sizes: Sequence[int] | None = None) -> list[list[int]]:
     """
     Positions of `costs` on `parts` parts of nearly equal sum: longest processing time first (Graham, 1969).
+
+    Args:
+        costs (`Sequence[float]`): Cost of each position.
+        parts (`int`): Number of parts.
+        sizes (`Sequence[int]`, *optional*): How many positions each part takes; as many as it likes by default.
 
     Example:
 
@@ -42,15 +47,66 @@ def deal_level(costs: Sequence[float], parts: int) -> list[list[int]]:
     >>> from accelerate_unsloth.data.balance import deal_level
     >>> deal_level([9, 1, 4, 5], parts=2)
     [[0, 1], [2, 3]]
+    >>> deal_level([9, 1, 1, 1], parts=2, sizes=[2, 2])
+    [[0, 3], [1, 2]]
     ```
     """
+    room = [len(costs)] * parts if sizes is None else sizes
     dealt = [[] for _ in range(parts)]
-    loads = [(0.0, part) for part in range(parts)]
+    loads = [(0.0, part) for part in range(parts) if room[part]]
     for position in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        load, part = loads[0]
-        heapq.heapreplace(loads, (load + costs[position], part))
+        load, part = heapq.heappop(loads)
         dealt[part].append(position)
+        if len(dealt[part]) < room[part]:
+            heapq.heappush(loads, (load + costs[position], part))
     return [sorted(part) for part in dealt]
+
+
+def assign_in_sizes(
+    samples: Sequence[int], lengths: Sequence[int], sizes: Sequence[Sequence[int]], cost: RowCost
+) -> list[list[list[int]]]:
+    """
+    Assign an effective batch to micro-batches of given sizes, so that ranks cost nearly the same.
+
+    Args:
+        samples (`Sequence[int]`): Indices of the samples.
+        lengths (`Sequence[int]`): Tokens of each of them.
+        sizes (`Sequence[Sequence[int]]`): Samples of each micro-batch of each rank; together as many as there are.
+        cost ([`RowCost`]): What rows cost.
+
+    Returns:
+        `list[list[list[int]]]`: samples of each micro-batch of each rank.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.data.balance import RowCost, assign_in_sizes
+    >>> assign_in_sizes([5, 6, 7, 8], [90, 10, 20, 30], sizes=[[1, 1], [1, 1]], cost=RowCost())
+    [[[5], [6]], [[8], [7]]]
+    ```
+    """
+    if cost.padded:
+        return _assign_padded_in_sizes(samples, lengths, sizes)
+    costs = [cost.of(length) for length in lengths]
+    ranks = []
+    for share, of_rank in zip(deal_level(costs, len(sizes), [sum(s) for s in sizes]), sizes, strict=True):
+        parts = deal_level([costs[i] for i in share], len(of_rank), of_rank)
+        ranks.append([[samples[share[i]] for i in part] for part in parts])
+    return ranks
+
+
+def _assign_padded_in_sizes(samples, lengths, sizes) -> list[list[list[int]]]:
+    """Neighbours of the sorted lengths share a micro-batch; the next costliest one goes to the rank with the least."""
+    ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    left = [sorted(of_rank) for of_rank in sizes]
+    loads, ranks, start = [0.0] * len(sizes), [[] for _ in sizes], 0
+    while any(left):
+        rank = min((rank for rank in range(len(sizes)) if left[rank]), key=loads.__getitem__)
+        size = left[rank].pop()
+        group, start = ordered[start : start + size], start + size
+        loads[rank] += size * lengths[group[0]]
+        ranks[rank].append([samples[i] for i in group])
+    return ranks
 
 
 def pack_padded(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -79,12 +135,7 @@ def pack_padded(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def deal_balanced(
-    samples: Sequence[int],
-    lengths: Sequence[int],
-    world_size: int,
-    cost: RowCost,
-    count: int = 1,
-    token_budget: int | None = None,
+    samples: Sequence[int], lengths: Sequence[int], world_size: int, cost: RowCost, token_budget: int
 ) -> list[list[list[int]]]:
     """
     Deal an effective batch to ranks and micro-batches; the numbers of samples may differ, the costs hardly.
@@ -94,8 +145,7 @@ def deal_balanced(
         lengths (`Sequence[int]`): Tokens of each of them.
         world_size (`int`): Number of processes.
         cost ([`RowCost`]): What rows cost.
-        count (`int`, *optional*, defaults to `1`): Micro-batches of each rank, if there is no `token_budget`.
-        token_budget (`int`, *optional*): Most tokens of a micro-batch, padding included; as few as fit are formed.
+        token_budget (`int`): Most tokens of a micro-batch, padding included; as few as fit are formed.
 
     Returns:
         `list[list[list[int]]]`: samples of each micro-batch of each rank; none of them is empty.
@@ -107,45 +157,39 @@ def deal_balanced(
 
     ```python
     >>> from accelerate_unsloth.data.balance import RowCost, deal_balanced
-    >>> deal_balanced([7, 8, 9], [90, 50, 40], world_size=2, cost=RowCost())
+    >>> deal_balanced([7, 8, 9], [90, 50, 40], world_size=2, cost=RowCost(), token_budget=100)
     [[[7]], [[8, 9]]]
     ```
     """
     if cost.padded:
-        return _deal_padded(samples, lengths, world_size, count, token_budget)
+        return _deal_padded(samples, lengths, world_size, token_budget)
     shares = deal_level([cost.of(length) for length in lengths], world_size)
-    return [
-        cut([samples[i] for i in share], [lengths[i] for i in share], cost, count, token_budget) for share in shares
-    ]
+    return [cut([samples[i] for i in share], [lengths[i] for i in share], cost, token_budget) for share in shares]
 
 
-def cut(
-    samples: Sequence[int], lengths: Sequence[int], cost: RowCost, count: int = 1, token_budget: int | None = None
-) -> list[list[int]]:
-    """Cut one rank's share into `count` level micro-batches, or into as few as keep `token_budget`."""
+def cut(samples: Sequence[int], lengths: Sequence[int], cost: RowCost, token_budget: int) -> list[list[int]]:
+    """Split one rank's share into as few balanced micro-batches as keep `token_budget`."""
     if cost.padded:
-        return _deal_padded(samples, lengths, 1, count, token_budget)[0]
+        return _deal_padded(samples, lengths, 1, token_budget)[0]
     costs = [cost.of(length) for length in lengths]
-    if token_budget is not None:
-        check_fits(samples, lengths, token_budget)
-        count = max(1, -(-sum(lengths) // token_budget))
+    check_fits(samples, lengths, token_budget)
+    count = max(1, -(-sum(lengths) // token_budget))
     parts = deal_level(costs, count)
     # One sample a micro-batch fits in any case, so this ends.
-    while token_budget is not None and any(sum(lengths[i] for i in part) > token_budget for part in parts):
+    while any(sum(lengths[i] for i in part) > token_budget for part in parts):
         count += 1
         parts = deal_level(costs, count)
     return [[samples[i] for i in part] for part in parts if part]
 
 
-def _deal_padded(samples, lengths, world_size: int, count: int, token_budget: int | None) -> list[list[list[int]]]:
+def _deal_padded(samples, lengths, world_size: int, token_budget: int) -> list[list[list[int]]]:
     """Micro-batches are formed over all ranks first, because long rows belong together wherever they run."""
-    if token_budget is not None:
-        check_fits(samples, lengths, token_budget)  # else no count would be large enough
-        count = max(1, -(-sum(lengths) // (world_size * token_budget)))
+    check_fits(samples, lengths, token_budget)  # else no count would be large enough
+    count = max(1, -(-sum(lengths) // (world_size * token_budget)))
     while True:
         groups = pack_padded(lengths, world_size * count)
         tokens = [len(group) * lengths[group[0]] for group in groups]
-        if token_budget is None or max(tokens, default=0) <= token_budget:
+        if max(tokens, default=0) <= token_budget:
             break
         count += 1
     dealt = [[] for _ in range(world_size)]

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .balance import RowCost, cut, deal_balanced
+from .balance import RowCost, assign_in_sizes, cut, deal_balanced
 
 
 def epoch_order(
@@ -194,17 +194,18 @@ class EffectiveBatchSampler(Sampler):
         """Samples of step `step` of the current epoch: `[rank][micro_batch] -> samples`, without fillers."""
         order = self._order(self.epoch)
         samples = order[step * self.effective_batch : (step + 1) * self.effective_batch]
-        if self.balance:
-            lengths = self.lengths[samples].tolist()
-            return deal_balanced(samples, lengths, self.world_size, self.cost, self.accumulation, self.token_budget)
+        lengths = None if self.lengths is None else self.lengths[samples].tolist()
+        if self.balance and self.token_budget is not None:
+            return deal_balanced(samples, lengths, self.world_size, self.cost, self.token_budget)
         rows = deal(samples, self.world_size, self.accumulation, self.micro_batch)
         ranks = [[row[rank] for row in rows if row[rank]] for rank in range(self.world_size)]
+        if self.balance:
+            sizes = [[len(batch) for batch in batches] for batches in ranks]
+            return assign_in_sizes(samples, lengths, sizes, self.cost)
         if self.token_budget is None:
             return ranks
         shares = [[sample for batch in batches for sample in batch] for batches in ranks]
-        return [
-            cut(share, self.lengths[share].tolist(), self.cost, token_budget=self.token_budget) for share in shares
-        ]
+        return [cut(share, self.lengths[share].tolist(), self.cost, self.token_budget) for share in shares]
 
     def _micro_steps(self, batches: list[list[int]], filler: list[int]) -> Iterator[list[list[int]]]:
         """Spread a rank's micro-batches over the micro-steps that the Trainer counts."""
