@@ -39,9 +39,11 @@ def rows(trainer, engine) -> list[tuple[str, str, str]]:
 
 
 def _loss_reason(trainer) -> str:
+    if trainer.loss is None:
+        return "of all ranks and micro-batches; how the custom loss uses num_items_in_batch is tried in the first step"
     if trainer.token_mean_was_off:
-        return "of all ranks and micro-batches; average_tokens_across_devices=False would weigh ranks, not tokens"
-    return "of all ranks and micro-batches"
+        return f"{trainer.loss.reason}; average_tokens_across_devices=False would weigh ranks, not tokens"
+    return trainer.loss.reason
 
 
 def _sampling(trainer) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def resolve(
         trainable (`int`): Number of trainable values.
         total (`int`): Number of all values of the model.
         loss_takes_item_count (`bool`):
-            Whether the model's loss divides by a given token count (`num_items_in_batch`). If it only takes means,
+            Whether the loss is known to divide by a given token count (`num_items_in_batch`). If it only takes means,
             DDP's average of them is not the mean over all tokens.
 
     Raises:
@@ -52,14 +52,15 @@ def resolve(
         return GradientSyncChoice("none", "one process")
     if requested == "overlapped" and not loss_takes_item_count:
         raise ValueError(
-            "gradient_sync='overlapped' averages the ranks' mean losses for this model, because its forward does not "
-            "take num_items_in_batch, so ranks with few tokens would count too much. Use 'after_backward' or 'auto'."
+            "gradient_sync='overlapped' averages the ranks' losses, and it is exact only for a loss of TRL's or Unsloth's that "
+            "takes num_items_in_batch. This model's forward does not take it, or the loss is a custom one. Use "
+            "'after_backward' or 'auto'."
         )
     if requested != "auto":
         return GradientSyncChoice(requested, "asked for")
     buffer_gib = trainable * 4 / 2**30
     if not loss_takes_item_count:
-        return GradientSyncChoice("after_backward", "this model's loss is a mean, which only this mode weighs exactly")
+        return GradientSyncChoice("after_backward", "this loss may be a mean, which only this mode weighs exactly")
     if trainable <= AFTER_BACKWARD_MAX_TRAINABLE:
         return GradientSyncChoice("after_backward", f"gradients are small: {buffer_gib:.2f} GiB in one all-reduce")
     if trainable < total:

@@ -70,6 +70,8 @@ class GuardMixin:
     def _note_end_of_step(self, stop_votes: int, nonfinite_ranks: list[int]) -> None:
         """What all ranks agreed on in this step, the same on each of them."""
         self._in_step = False
+        if self._balance is not None:
+            self._balance.end_step()
         self._stop_agreed = self._stop_agreed or stop_votes > 0
         if nonfinite_ranks:
             self._handle_nonfinite(nonfinite_ranks)

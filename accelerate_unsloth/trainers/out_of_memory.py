@@ -7,6 +7,7 @@ micro-batch is a sum divided by the token count of the whole step, so two halves
 
 import gc
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -71,13 +72,17 @@ class OutOfMemoryMixin:
         self._failed_tokens = 0
 
     def _learn_at_once(self, model, inputs, num_items_in_batch, items: int) -> torch.Tensor:
-        if num_items_in_batch is None:
-            # The loss is a mean over the micro-batch, which the Trainer divides by the micro-steps.
-            self._loss_weight = items * self.current_gradient_accumulation_steps / self._step_items
+        weight, counted = None, self._step_items
+        if num_items_in_batch is None or (self.loss is not None and not self.loss.divides):
+            # The loss is a mean over the micro-batch.
+            num_items_in_batch, weight, counted = None, items / self._step_items, items
+        balance = nullcontext() if self._balance is None else self._balance.weighing(counted)
+        accumulation, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with self._alone(items, weight), balance:
+                return super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self._loss_weight = None
+            self.current_gradient_accumulation_steps = accumulation
 
     def _learn_in_step(self, model, batch, num_items_in_batch) -> torch.Tensor:
         """
@@ -89,7 +94,8 @@ class OutOfMemoryMixin:
         if torch.is_tensor(num_items_in_batch):  # zero where no rank has a label: the loss is zero then, not nan
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         try:
-            return super().training_step(model, batch.inputs, num_items_in_batch)
+            with self._alone(batch.items):
+                return super().training_step(model, batch.inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             raise self._explained(error, []) from error
 

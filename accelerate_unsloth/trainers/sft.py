@@ -4,7 +4,6 @@ from ..engines.loaded import choice
 
 # isort: split
 import torch
-import transformers
 import trl
 from trl import SFTConfig
 
@@ -12,30 +11,16 @@ from ..data.prepare import check_not_empty
 from .mixin import DistributedTrainerMixin
 
 
-class _PlainLossSFTTrainer(trl.SFTTrainer):
-    """
-    TRL's trainer with the model's own loss, for the reference engine.
-
-    `trl.SFTTrainer.compute_loss` always runs a fused LM head written in Triton, which needs a GPU, and gathers three
-    metrics across ranks in every micro-step (trl 1.15.0, sft_trainer.py). Delete this when it does neither.
-    """
+class _ReferenceSFTTrainer(trl.SFTTrainer):
+    """TRL's trainer, with the settings that `FastLanguageModel` of the reference engine was given."""
 
     def __init__(self, model, args=None, *rest, tokenizer=None, **kwargs):
         if tokenizer is not None:  # its old name, which Unsloth's trainer also takes
             kwargs.setdefault("processing_class", tokenizer)
         if isinstance(args, SFTConfig):
-            if args.loss_type == "dft":
-                raise ValueError(
-                    "loss_type='dft' needs TRL's fused LM head on a GPU; the reference engine knows 'nll'."
-                )
             _take_settings_of_model(args, model)
             _name_cpu_plainly(args)
         super().__init__(model, args, *rest, **kwargs)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return transformers.Trainer.compute_loss(
-            self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch
-        )
 
 
 def _take_settings_of_model(args, model) -> None:
@@ -58,7 +43,7 @@ def _name_cpu_plainly(args) -> None:
         vars(args)["_setup_devices"] = torch.device("cpu")
 
 
-class SFTTrainer(DistributedTrainerMixin, _PlainLossSFTTrainer if choice.name == "reference" else trl.SFTTrainer):
+class SFTTrainer(DistributedTrainerMixin, _ReferenceSFTTrainer if choice.name == "reference" else trl.SFTTrainer):
     """
     `trl.SFTTrainer` that gives the same loss curve on one process and on N.
 

@@ -1,0 +1,80 @@
+"""
+TRL's fused LM head in plain PyTorch, for machines without GPUs.
+
+`trl.SFTTrainer` computes its losses and metrics from per-token log-probabilities, through a Triton kernel that needs a
+GPU (trl 1.15.0, `kernels/chunked_logprob.py`). This twin lets TRL's own loss run on a CPU. It builds the logits of all
+labelled tokens at once, so it takes more memory than the kernel. Delete it when TRL has a CPU path of its own.
+"""
+
+import torch
+import torch.nn.functional as F
+import trl.trainer.utils
+
+from ..ledger import ledger
+
+_NAME = "_ChunkedLogProbFunction"
+
+
+class LogProbs:
+    """Has the one method of TRL's autograd function that its trainers call; PyTorch's own autograd does the rest."""
+
+    @staticmethod
+    def apply(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[torch.Tensor | None, ...]:
+        """
+        Compute per-token log-probabilities of `targets`, and what else `outputs` names.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(tokens, hidden)`): Last hidden states.
+            weight (`torch.Tensor` of shape `(vocabulary, hidden)`): Output embedding.
+            bias (`torch.Tensor` of shape `(vocabulary,)`, *optional*): Its bias.
+            targets (`torch.Tensor` of shape `(tokens,)`): The token that follows each.
+            temperature (`float`): Divides the logits.
+            chunk_size (`int`): Not used; TRL's kernel projects in chunks of it.
+            softcap (`float`, *optional*): Limit of the logits, as in Gemma 2.
+            logit_scale (`float`, *optional*, defaults to `1.0`): Multiplies the logits.
+            outputs (`tuple[str]`, *optional*): What to compute besides.
+
+        Returns:
+            `tuple`: log-probabilities, entropy, log of the sum of squared probabilities, mean logit, and whether the target
+            has the largest logit, each of shape `(tokens,)`; `None` for what was not asked for.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from accelerate_unsloth.trainers.log_probs import LogProbs
+        >>> hidden, weight = torch.zeros(1, 4), torch.zeros(2, 4)
+        >>> log_probs, *_ = LogProbs.apply(hidden, weight, None, torch.tensor([1]), 1.0, 512, outputs=())
+        >>> round(log_probs.item(), 4)
+        -0.6931
+        ```
+        """
+        logits = F.linear(hidden, weight.to(hidden.dtype), bias).float() * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits / temperature
+        every = logits.log_softmax(dim=-1)
+        further = {
+            "entropy": lambda: -(every.exp() * every).sum(dim=-1),
+            "log_sum_sq_probs": lambda: (2 * every.detach()).logsumexp(dim=-1),
+            "mean_logits": lambda: logits.detach().mean(dim=-1),
+            "is_top1": lambda: logits.argmax(dim=-1) == targets,
+        }
+        log_probs = every.gather(-1, targets[:, None]).squeeze(-1)
+        return log_probs, *(compute() if name in outputs else None for name, compute in further.items())
+
+
+def install() -> None:
+    """Let TRL use [`LogProbs`] in a process without a GPU."""
+    if not torch.cuda.is_available() and not ledger.holds(trl.trainer.utils, _NAME):
+        ledger.patch(trl.trainer.utils, _NAME, LogProbs)

@@ -1,0 +1,116 @@
+"""
+A loss on one rank alone: without collectives, with a weight, and with its metrics kept as sums.
+
+Ranks have different numbers of micro-batches, so whatever TRL gathers inside a loss would hang. What it gathers are
+metrics; they are kept as sums here and reduced over all ranks where they are logged.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import trl
+from transformers import Trainer
+
+from ..ledger import Ledger
+
+_COLLECTIVES = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
+
+
+@contextmanager
+def without_collectives(accelerator) -> Iterator[None]:
+    """Let an accelerator's collectives return their argument, as they do in one process."""
+    patches = Ledger()
+    for name in _COLLECTIVES:
+        patches.patch(accelerator, name, lambda value, *args, **kwargs: value)
+    try:
+        yield
+    finally:
+        patches.undo()
+
+
+@contextmanager
+def replaced(trainer, compute_loss: Callable) -> Iterator[None]:
+    """
+    Let `compute_loss` stand in front of a trainer's own, wherever in its classes that is defined.
+
+    It takes the place of the attribute of the instance, because a subclass may override the method without a call of
+    `super()`.
+    """
+    patches = Ledger()
+    patches.patch(trainer, "compute_loss", compute_loss)
+    try:
+        yield
+    finally:
+        patches.undo()
+
+
+def is_custom(trainer) -> bool:
+    """Return whether the loss is the user's: a `compute_loss_func`, or an override of `compute_loss`."""
+    if trainer.compute_loss_func is not None:
+        return True
+    known = {*trl.SFTTrainer.__mro__, *Trainer.__mro__}
+    defined_by = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    return defined_by not in known
+
+
+@torch.no_grad()
+def count_ratio(trainer, inputs: dict[str, Any], items: int) -> float | None:
+    """
+    Return the loss of a micro-batch for twice its item count over that for its item count; RNG states are kept.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): With its model.
+        inputs (`dict`): A collated micro-batch.
+        items (`int`): Positions of it whose loss counts.
+
+    Returns:
+        `float`: `None` if the loss is zero or not finite.
+    """
+    device = trainer.args.device
+    losses = []
+    for count in (items, 2 * items):
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            without_collectives(trainer.accelerator),
+            trainer.compute_loss_context_manager(),
+        ):
+            prepared = trainer._prepare_inputs(dict(inputs))
+            count = torch.tensor(count, device=device)
+            losses.append(float(trainer.compute_loss(trainer.model_wrapped, prepared, num_items_in_batch=count)))
+    first, second = losses
+    ratio = second / first if first else float("nan")
+    return ratio if abs(ratio) < float("inf") else None
+
+
+class MetricBook:
+    """
+    Means over the items of all ranks of what TRL's losses note for each micro-batch.
+
+    Args:
+        names (`tuple[str]`): The metrics, which have to be the same on all ranks.
+    """
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        self._sums = dict.fromkeys(names, 0.0)
+        self._items = dict.fromkeys(names, 0)
+
+    def take(self, noted: dict[str, list[float]], items: int) -> None:
+        """Move what a loss over `items` positions has noted into the sums; what is not known by name is dropped."""
+        for name in self.names:
+            for value in noted.get(name, ()):
+                self._sums[name] += value * items
+                self._items[name] += items
+        noted.clear()
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Return the means since the last call; all ranks come here together."""
+        totals = torch.tensor([*self._sums.values(), *self._items.values()], dtype=torch.float64, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        sums, items = totals.tolist()[: len(self.names)], totals.tolist()[len(self.names) :]
+        self.__init__(self.names)
+        return {name: total / count for name, total, count in zip(self.names, sums, items, strict=True) if count}
