@@ -73,9 +73,10 @@ class UnslothPlugin:
         on_oversized (`str`, *optional*, defaults to `"stop"`):
             What a single sample does that does not fit the memory: `"stop"` ends the run, `"skip"` leaves it out and
             says so. A micro-batch of several samples is cut in two instead.
-        watchdog_timeout_s (`int`, *optional*, defaults to `3600`):
-            Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends.
-            `0` switches it off; under a debugger it is off.
+        watchdog_timeout_s (`int`, *optional*):
+            Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends. By
+            default an hour, or 0.8 of the training arguments' `ddp_timeout` (1440 of 1800) on several processes, because
+            the process group gives up by itself after that. `0` switches it off; under a debugger it is off.
         monitor (`bool`, *optional*, defaults to `True`):
             Log tokens per second, token imbalance, the slowest rank and memory with each loss, and warn once of memory
             that is about to run out.
@@ -113,7 +114,7 @@ class UnslothPlugin:
     comm_hook: Literal["no", "fp16", "bf16"] = _option("no")
     on_nonfinite: Literal["stop", "skip"] = _option("stop")
     on_oversized: Literal["stop", "skip"] = _option("stop")
-    watchdog_timeout_s: int = _option(3600, minimum=0)
+    watchdog_timeout_s: int | None = _option(None, minimum=0)
     monitor: bool = _option(True)
     report: bool = _option(True)
     log_on_each_rank: bool = _option(False)

@@ -31,7 +31,7 @@ def rows(trainer, engine) -> list[tuple[str, str, str]]:
         ("samples", *_sampling(trainer)),
         *_evaluation(trainer),
         ("micro-batches", trainer.micro_batch.mode, trainer.micro_batch.reason),
-        ("checkpointing", trainer.checkpointing.mode, trainer.checkpointing.reason),
+        ("recompute", trainer.checkpointing.mode, trainer.checkpointing.reason),
         ("attention", trainer.attention.backend, trainer.attention.reason),
         ("trainable", f"{trainable:,}", f"of {every:,} parameters ({100 * trainable / max(every, 1):.2f}%)"),
         ("versions", "", ", ".join(f"{name} {number}" for name, number in versions().items())),

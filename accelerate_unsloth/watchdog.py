@@ -17,8 +17,42 @@ from pathlib import Path
 from .channel import PeerFailure, channel
 from .topology import topology
 
+_DEFAULT_S = 3600
+_PART_OF_GROUP_TIMEOUT = 0.8  # so that stacks are written before the process group gives up
 _ANSWER_S = 10.0
 _HEAD_START_S = 2.0
+
+
+def resolve_timeout(requested_s: float | None, group_timeout_s: float, world_size: int) -> float:
+    """
+    Return the longest time without progress, in seconds; 0 for no watchdog.
+
+    Args:
+        requested_s (`float`, *optional*): The plugin's `watchdog_timeout_s`.
+        group_timeout_s (`float`): After which the process group gives up; the training arguments' `ddp_timeout`.
+        world_size (`int`): Number of processes.
+
+    Raises:
+        ValueError: if the process group would give up first.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.watchdog import resolve_timeout
+    >>> resolve_timeout(None, 1800, world_size=1), resolve_timeout(None, 1800, world_size=2)
+    (3600, 1440.0)
+    ```
+    """
+    most_s = _PART_OF_GROUP_TIMEOUT * group_timeout_s
+    if requested_s is None:
+        return _DEFAULT_S if world_size == 1 else min(_DEFAULT_S, most_s)
+    if world_size > 1 and requested_s > most_s:
+        raise ValueError(
+            f"watchdog_timeout_s={requested_s}, but the process group gives up after ddp_timeout={group_timeout_s}, and its "
+            f"error does not say where the ranks are. Set ddp_timeout={int(-(-requested_s // _PART_OF_GROUP_TIMEOUT))} in the "
+            f"training arguments, or watchdog_timeout_s to at most {int(most_s)}."
+        )
+    return requested_s
 
 
 class Watchdog:

@@ -7,6 +7,7 @@ import torch
 
 from accelerate_unsloth import distributed
 from accelerate_unsloth.engines import check_model_name, resolve
+from accelerate_unsloth.engines.environment import check_unsloth_modes
 from accelerate_unsloth.engines.placement import check_device_map, check_placement
 from accelerate_unsloth.topology import Topology
 
@@ -168,3 +169,26 @@ def test_what_a_model_saves_has_the_permissions_of_the_umask_on_one_process_too(
 def test_a_save_method_of_unsloth_only_is_refused(adapted, tmp_path):
     with pytest.raises(ValueError, match="save_method='merged_4bit' needs Unsloth"):
         adapted[0].save_pretrained_merged(str(tmp_path), save_method="merged_4bit")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"UNSLOTH_FSDP2": "1"}, {"UNSLOTH_TP_SIZE": "2"}, {"UNSLOTH_PP_SIZE": "4"}, {"UNSLOTH_FSDP2": "true"}],
+)
+def test_unsloths_own_ways_to_use_several_gpus_are_rejected_by_name(environment):
+    (name,) = environment
+    with pytest.raises(ValueError, match=f"Unset {name}"):
+        check_unsloth_modes(environment)
+
+
+def test_switches_that_are_off_are_let_through():
+    check_unsloth_modes(
+        {"UNSLOTH_FSDP2": "0", "UNSLOTH_TP_SIZE": "1", "UNSLOTH_PP_SIZE": "", "UNSLOTH_FSDP2_BACKEND": "x"}
+    )
+
+
+def test_layers_outside_of_the_gpu_are_rejected_before_loading(tiny_model):
+    from accelerate_unsloth import FastLanguageModel
+
+    with pytest.raises(ValueError, match="offload_layers='auto' moves layers"):
+        FastLanguageModel.from_pretrained("nobody/nothing", offload_layers="auto")

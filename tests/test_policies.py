@@ -4,6 +4,7 @@ import pytest
 
 from accelerate_unsloth import memory, optimizer_state
 from accelerate_unsloth.policies import attention, checkpointing, gradient_sync, micro_batch
+from accelerate_unsloth.watchdog import resolve_timeout
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_gradient_sync(requested, world_size, trainable, total, takes_count, mod
 
 
 def test_overlapped_is_refused_where_it_cannot_be_exact():
-    with pytest.raises(ValueError, match="does not take num_items_in_batch"):
+    with pytest.raises(ValueError, match="it is exact only for a loss"):
         gradient_sync.resolve("overlapped", 2, 1000, 1000, loss_takes_item_count=False)
 
 
@@ -97,19 +98,33 @@ def test_the_kernel_is_that_of_the_training_and_the_old_one_comes_back(backend, 
 
 
 @pytest.mark.parametrize(
-    ("requested", "asked", "without", "with_", "longest", "rank_tokens", "mode"),
+    ("requested", "off", "without", "with_", "longest", "rank_tokens", "mode"),
     [
         ("auto", False, 27_000, 700_000, 2048, 7_000, "none"),  # an H200 with 8B dims in 4 bits
         ("auto", False, 1_500, 60_000, 2048, 7_000, "unsloth"),  # the longest sample does not fit without it
         ("auto", False, 5_000, 60_000, 6_000, 5_000, "unsloth"),  # nor here, though most do
         ("auto", False, 2_100, 60_000, 2048, 20_000, "unsloth"),  # many small micro-batches
-        ("auto", True, 27_000, 700_000, 2048, 7_000, "unchanged"),
+        ("auto", True, 1_500, 60_000, 2048, 7_000, "none"),  # obeyed
         ("auto", False, 0, 0, 2048, 7_000, "unchanged"),
-        ("none", True, 1, 1, 2048, 7_000, "none"),
+        ("none", False, 1, 1, 2048, 7_000, "none"),
+        ("unsloth", False, 27_000, 700_000, 2048, 7_000, "unsloth"),
     ],
 )
-def test_activations_are_kept_where_that_saves_time(requested, asked, without, with_, longest, rank_tokens, mode):
-    assert checkpointing.resolve(requested, asked, without, with_, longest, rank_tokens).mode == mode
+@pytest.mark.parametrize("asked_for", [None, True, "unsloth"])  # save memory if needed
+def test_activations_are_kept_where_that_saves_time(
+    requested, off, asked_for, without, with_, longest, rank_tokens, mode
+):
+    choice = checkpointing.resolve(requested, off, asked_for, without, with_, longest, rank_tokens)
+    assert choice.mode == mode
+    assert choice.may_recompute == (mode == "none" and requested == "auto" and not off)
+
+
+def test_the_table_says_how_to_get_the_recomputation_that_the_script_asked_for():
+    choice = checkpointing.resolve("auto", False, "unsloth", 14_691, 90_000, 2048, 7_000)
+    assert choice.reason == (
+        "14,691 tokens fit without it (the script asked for 'unsloth'; set "
+        "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING=unsloth to keep it)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,3 +198,29 @@ def test_a_model_whose_layers_differ_has_no_shape_and_is_not_refused():
     assert memory.ModelShape.from_config(LlamaConfig()) is not None
     assert memory.ModelShape.from_config(Gemma3nTextConfig()) is None  # a list of sizes
     assert memory.ModelShape.from_config(Gemma4TextConfig()) is None  # an error of its own when it is asked for one
+
+
+def test_varlen_may_be_asked_for_where_unsloth_runs_it_by_itself():
+    choice = attention.resolve("varlen", False, "Unsloth runs it", True, 1500, runs_varlen=True)
+    assert (choice.backend, choice.keeps_cudnn) == ("varlen", True)  # and nothing is switched
+    assert "Unsloth runs it" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("requested_s", "group_timeout_s", "world_size", "timeout_s"),
+    [
+        (None, 1800, 1, 3600),
+        (None, 1800, 2, 1440),
+        (None, 9000, 2, 3600),
+        (5000, 1800, 1, 5000),
+        (1000, 1800, 2, 1000),
+        (0, 1, 2, 0),
+    ],
+)
+def test_a_watchdog_has_the_time_that_was_asked_for(requested_s, group_timeout_s, world_size, timeout_s):
+    assert resolve_timeout(requested_s, group_timeout_s, world_size) == timeout_s
+
+
+def test_a_watchdog_that_the_process_group_would_forestall_is_rejected_with_the_fix():
+    with pytest.raises(ValueError, match=r"watchdog_timeout_s=3600, .* Set ddp_timeout=4500"):
+        resolve_timeout(3600, 1800, world_size=2)

@@ -235,6 +235,22 @@ def test_running_out_of_memory_lowers_the_budget_of_all_ranks(undisturbed, tiny_
     assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
 
 
+@pytest.mark.parametrize("planned", [True, False])
+def test_activations_are_recomputed_after_all_where_keeping_them_does_not_fit(
+    planned, undisturbed, tiny_model, uneven_data, tmp_path
+):
+    """By the probe where micro-batches are planned, and in the step itself where they are not."""
+    options = {"args": LARGE, "memory_tokens": 2000, "kept_tokens": 60}
+    options["plugin"] = {"micro_batch_tokens": 2000} if planned else {}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status == 0, finished.output[-3000:]
+    assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
+    assert result(tmp_path)["skipped_samples"] == []
+    if planned:  # all that memory is there again
+        assert result(tmp_path)["micro_batch_tokens"] > 60
+        assert "cut in two" not in finished.output
+
+
 def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model, uneven_data, tmp_path):
     # The Trainer's own way would begin anew with smaller batches, on that rank alone.
     options = {"args": LARGE | {"auto_find_batch_size": True}}

@@ -64,7 +64,7 @@ def fit(work: Workload, requested: str = "auto", plans_cut: bool = True) -> Fit:
     step = ROWS_OF_A_STEP * work.max_seq_length
     # 0 tells the policy that memory is not planned.
     kept = max(1, without) if plans_cut else 0
-    choice = checkpointing.resolve(requested, False, kept, with_, work.max_seq_length, step)
+    choice = checkpointing.resolve(requested, False, None, kept, with_, work.max_seq_length, step)
     return Fit(choice, without if choice.mode == "none" else with_)
 
 

@@ -2,8 +2,53 @@
 
 import os
 import platform
+from collections.abc import Mapping
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+# Unsloth's own ways to use several GPUs (unsloth 2026.10.9), and the value up to which each is off.
+_UNSLOTH_MODES = {"UNSLOTH_FSDP2": 0, "UNSLOTH_TP_SIZE": 1, "UNSLOTH_PP_SIZE": 1}
+_OFF = ("", "0", "false", "no", "off")
+
+
+def check_unsloth_modes(environment: Mapping[str, str] = os.environ) -> None:
+    """
+    Make sure that Unsloth does not split the model or the batch over the GPUs as well.
+
+    Raises:
+        ValueError: if an environment variable asks it to.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.engines.environment import check_unsloth_modes
+    >>> check_unsloth_modes({"UNSLOTH_TP_SIZE": "1"})
+    ```
+    """
+    for name, off in _UNSLOTH_MODES.items():
+        value = environment.get(name, "").strip().lower()
+        if value not in _OFF and not (value.isdigit() and int(value) <= off):
+            raise ValueError(
+                f"{name}={environment[name]} lets Unsloth use several GPUs in its own way, and accelerate_unsloth trains with "
+                f"plain data parallelism: the two cannot run together. Unset {name}, or import unsloth and trl directly."
+            )
+
+
+def check_loading_arguments(arguments: Mapping[str, object]) -> None:
+    """
+    Make sure that Unsloth does not keep layers outside of the GPU.
+
+    Raises:
+        ValueError: if `offload_layers` asks for it.
+    """
+    offloaded = arguments.get("offload_layers")
+    if offloaded:
+        raise ValueError(
+            f"offload_layers={offloaded!r} moves layers in and out of the GPU in Unsloth's own way, with a copy in host memory "
+            "per process, which accelerate_unsloth does not support. Leave it out, and load in 4 bits or shorten the samples "
+            "if the model does not fit."
+        )
 
 
 def allocator_is_configured() -> bool:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from ..ledger import Ledger
 
 _DISPATCH = "unsloth.utils.attention_dispatch"
+_RUNS_VARLEN = "Unsloth runs rows of uneven length through PyTorch's varlen attention"
 
 
 def describe(engine: str) -> dict:
@@ -26,6 +27,7 @@ def describe(engine: str) -> dict:
         "other": other,
         "prefers_cudnn": runs_segments and prefers_cudnn(),
         "has_varlen": runs_segments and spare_varlen() is not None,
+        "runs_varlen": other == _RUNS_VARLEN,
     }
 
 
@@ -44,7 +46,7 @@ def sdpa_runs_segments(engine: str) -> tuple[bool, str]:
     if getattr(dispatch, "HAS_XFORMERS", False):
         return False, "xformers runs rows of uneven length in one call"
     if getattr(dispatch, "_TORCH_VARLEN_ATTN", None) is not None:
-        return False, "Unsloth runs rows of uneven length through PyTorch's varlen attention"
+        return False, _RUNS_VARLEN
     return True, ""
 
 
@@ -115,13 +117,19 @@ def recomputes(model) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def wants_recomputation(model) -> bool:
+    """Return whether a loaded model recomputes activations unless something changes that."""
+    return bool(getattr(model, "_unsloth_gradient_checkpointing", True))
+
+
 def set_recomputation(model, mode):
     """
     Switch gradient checkpointing of a loaded model.
 
     Args:
         model ([`~torch.nn.Module`]): As the engine's `get_peft_model` returned it.
-        mode (`bool` or `str`): What Unsloth's `use_gradient_checkpointing` takes.
+        mode (`bool` or `str`):
+            What Unsloth's `use_gradient_checkpointing` takes; `True` is the kind that the model was loaded with.
 
     Returns:
         `bool` or `str`: what it was before.
@@ -131,6 +139,7 @@ def set_recomputation(model, mode):
         (model.gradient_checkpointing_enable if mode else model.gradient_checkpointing_disable)()
         return before
     before = getattr(model, "_unsloth_gradient_checkpointing", "unsloth")
+    mode = (before or "unsloth") if mode is True else mode
     model._unsloth_gradient_checkpointing = mode
     model.for_training(use_gradient_checkpointing=mode)
     return before

@@ -23,6 +23,7 @@ choice = resolve(_plugin.engine, 0 if _use_cpu else torch.cuda.device_count(), _
 quiet_other_ranks(_plugin)
 if not _use_cpu:
     if choice.name == "unsloth":
+        environment.check_unsloth_modes()
         environment.prepare(topology().node)
     distributed.bind_device()
     launch_hint.show(torch.cuda.device_count())

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from .. import saving
 from ..topology import topology
-from . import check_model_name, placement
+from . import check_model_name, environment, placement
 
 _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -85,6 +85,7 @@ class FastLanguageModel:
                 f"(transformers and PEFT). Set {bits}=False here, or run on a machine with a GPU."
             )
         check_model_name(model_name)
+        environment.check_loading_arguments(kwargs)
         placement.check_device_map(device_map, topology().world_size, placement.this_device())
         set_seed(random_state)
         source = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}

@@ -8,7 +8,7 @@ from .. import saving
 from ..ledger import ledger
 from ..quiet import muted_prints
 from ..topology import topology
-from . import check_model_name, placement
+from . import check_model_name, environment, placement
 
 
 def _import_unsloth():
@@ -64,6 +64,7 @@ def _for_several_processes(base):
         def from_pretrained(*args, **kwargs):
             for name in (*args[:1], *(value for key, value in kwargs.items() if key == "model_name")):
                 check_model_name(name)
+            environment.check_loading_arguments(kwargs)
             placement.check_device_map(kwargs.get("device_map"), topology().world_size, placement.this_device())
             with muted_prints():
                 model, tokenizer = base.from_pretrained(*args, **kwargs)
@@ -76,12 +77,13 @@ def _for_several_processes(base):
         @staticmethod
         @functools.wraps(base.get_peft_model)
         def get_peft_model(model, *args, **kwargs):
-            asked = kwargs.get("use_gradient_checkpointing", "auto") != "auto"
-            if not asked:  # loaded with Unsloth's default, which the trainer may switch off
-                kwargs.pop("use_gradient_checkpointing", None)
+            asked_for = kwargs.get("use_gradient_checkpointing")
+            if asked_for == "auto":  # loaded with Unsloth's default, which the trainer may switch off
+                del kwargs["use_gradient_checkpointing"]
+                asked_for = None
             with muted_prints():
                 model = base.get_peft_model(model, *args, **kwargs)
-            model._accelerate_unsloth_checkpointing_asked = asked
+            model._accelerate_unsloth_checkpointing_asked = asked_for
             saving.guard(model)
             return model
 

@@ -98,7 +98,9 @@ def _cut(plugin: UnslothPlugin, gpu_gib: float | None, processes: int) -> Iterat
     rank_tokens, overlapped = _ROWS_OF_A_STEP * _ROW_TOKENS, plugin.gradient_sync == "overlapped"
     if micro_batch.why_fixed(plugin.micro_batch, True, overlapped):
         kept = 0  # memory is not planned where the script cuts the micro-batches
-    recompute = checkpointing.resolve(plugin.gradient_checkpointing, False, kept, recomputed, _ROW_TOKENS, rank_tokens)
+    recompute = checkpointing.resolve(
+        plugin.gradient_checkpointing, False, None, kept, recomputed, _ROW_TOKENS, rank_tokens
+    )
     yield Finding("gradient checkpointing", f"{_PLANNED}: {recompute.mode}: {recompute.reason}")
     fits = (kept if recompute.mode == "none" else recomputed) if gpu_gib is not None else None
     try:

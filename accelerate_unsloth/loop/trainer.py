@@ -23,6 +23,7 @@ from ..buffers import kept_buffers
 from ..channel import channel
 from ..data import dealt
 from ..data.loader import count_items
+from ..grad_scaler import allow_steps_without_gradients
 from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import aggregation
@@ -161,6 +162,8 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
         if self.scheduler_config["class"] is not None:
             # Not accelerate's own wrapper, which moves on by the number of processes with each step.
             self.scheduler = self.scheduler_config["class"](made, **self.scheduler_config["kwargs"])
+        if accelerator.scaler is not None:
+            allow_steps_without_gradients(accelerator.scaler)
         self._monitor = Monitor(accelerator.device)
         self.accelerator = accelerator
         agreement.compare(self._described())

@@ -49,7 +49,10 @@ class Options:
             changes["find_unused_parameters"] = self.find_unused_parameters
         if not self.enable_memory_optimization:
             changes["gradient_as_bucket_view"] = False
-        return replace(self.plugin or UnslothPlugin(), **changes)
+        plugin = self.plugin or UnslothPlugin()
+        if self.enable_gradient_checkpointing and plugin.gradient_checkpointing == "auto":
+            changes["gradient_checkpointing"] = "unsloth"  # an argument of ours asks for it, not the script
+        return replace(plugin, **changes)
 
 
 @dataclass(frozen=True)

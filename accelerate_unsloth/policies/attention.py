@@ -34,6 +34,7 @@ def resolve(
     prefers_cudnn: bool,
     lengths: int,
     has_varlen: bool = False,
+    runs_varlen: bool = False,
 ) -> AttentionChoice:
     """
     Choose the kernel.
@@ -46,6 +47,7 @@ def resolve(
         lengths (`int`): Number of different lengths in the data; 0 if not known.
         has_varlen (`bool`, *optional*, defaults to `False`):
             Whether one call of PyTorch's could run all rows, and would not without us.
+        runs_varlen (`bool`, *optional*, defaults to `False`): Whether Unsloth runs all rows in that call by itself.
 
     Raises:
         ValueError: if `"varlen"` is asked for where there is none.
@@ -58,6 +60,8 @@ def resolve(
     'flash'
     ```
     """
+    if requested == "varlen" and runs_varlen:
+        return AttentionChoice("varlen", f"asked for; {other}", keeps_cudnn=True)
     if requested == "varlen" and not has_varlen:
         raise ValueError(
             f"attention='varlen' cannot be had here ({other or 'it takes PyTorch 2.11 or later on a GPU'}). Leave it at 'auto'."

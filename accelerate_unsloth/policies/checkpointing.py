@@ -2,7 +2,8 @@
 Whether activations are kept or recomputed in the backward.
 
 Recomputing costs about a third of a step's arithmetic. It is worth that only where micro-batches without it would be so
-small that launching their kernels takes longer than running them.
+small that launching their kernels takes longer than running them. Nearly every Unsloth script asks for it, because the
+notebooks do; that is taken as "save memory if needed". A script that switches it off is obeyed.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ _RECOMPUTE = 4 / 3
 class CheckpointingChoice:
     mode: str  # "none" | "unsloth" | "unchanged"
     reason: str  # one clause, shown in the start-up table
+    may_recompute: bool = False  # whether recomputing is allowed after all, where keeping activations does not fit
 
 
 def step_cost(rank_tokens: float, token_budget: int, checkpointing: bool) -> float:
@@ -42,27 +44,49 @@ def step_cost(rank_tokens: float, token_budget: int, checkpointing: bool) -> flo
 
 
 def resolve(
-    requested: str, asked_by_script: bool, without: int, with_: int, longest: int, rank_tokens: float
+    requested: str,
+    switched_off: bool,
+    asked_for: bool | str | None,
+    without: int,
+    with_: int,
+    longest: int,
+    rank_tokens: float,
 ) -> CheckpointingChoice:
     """
     Choose by estimated time.
 
     Args:
         requested (`str`): `"auto"`, `"none"` or `"unsloth"`.
-        asked_by_script (`bool`): Whether the script said what it wants; then that is kept.
-        without (`int`): Largest micro-batch in tokens that fits without checkpointing; 0 if not known.
+        switched_off (`bool`): Whether the script wants activations to be kept.
+        asked_for (`bool` or `str`, *optional*): What the script passed as `use_gradient_checkpointing`, if anything.
+        without (`int`): Largest micro-batch in tokens that fits without recomputation; 0 if not known.
         with_ (`int`): And with it.
         longest (`int`): Tokens of the longest sample.
         rank_tokens (`float`): Mean tokens of a rank in a step.
+
+    Returns:
+        [`CheckpointingChoice`]
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.policies import checkpointing
+    >>> checkpointing.resolve("auto", False, "unsloth", 14691, 90000, 2048, 7000.0).mode
+    'none'
+    ```
     """
     if requested != "auto":
         return CheckpointingChoice(requested, "asked for")
-    if asked_by_script:
-        return CheckpointingChoice("unchanged", "as the script asked")
+    if switched_off:
+        return CheckpointingChoice("none", "the script switched it off")
     if not without:
         return CheckpointingChoice("unchanged", "memory is not planned here")
     if longest > without:
         return CheckpointingChoice("unsloth", f"the longest sample has {longest} tokens, and {without} fit without it")
-    if step_cost(rank_tokens, without, False) <= step_cost(rank_tokens, with_, True):
-        return CheckpointingChoice("none", f"{without:,} tokens fit without it, and recomputing costs a third")
-    return CheckpointingChoice("unsloth", f"only {without:,} tokens fit without it, too few to fill the GPU")
+    if step_cost(rank_tokens, without, False) > step_cost(rank_tokens, with_, True):
+        return CheckpointingChoice("unsloth", f"only {without:,} tokens fit without it, too few to fill the GPU")
+    reason = f"{without:,} tokens fit without it, and recomputing costs a third"
+    if asked_for:
+        variable = "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING=unsloth"
+        reason = f"{without:,} tokens fit without it (the script asked for {asked_for!r}; set {variable} to keep it)"
+    return CheckpointingChoice("none", reason, may_recompute=True)

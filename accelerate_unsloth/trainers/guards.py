@@ -15,7 +15,7 @@ from ..quiet import muted_prints
 from ..reduction import are_finite
 from ..stopping import StopRequest
 from ..topology import topology
-from ..watchdog import Watchdog
+from ..watchdog import Watchdog, resolve_timeout
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +26,9 @@ class GuardMixin:
     def __init__(self, *args, **kwargs):
         self._stop, self._stop_agreed, self._watchdog = StopRequest(), False, None
         super().__init__(*args, **kwargs)
+        self._watchdog_timeout_s = resolve_timeout(
+            self.plugin.watchdog_timeout_s, self.args.ddp_timeout, topology().world_size
+        )
         self.add_callback(_GuardCallback(self))
 
     def train(self, *args, **kwargs):
@@ -55,10 +58,8 @@ class GuardMixin:
     @contextmanager
     def _watched(self):
         """A watchdog around the training loop, unless it is switched off or a debugger may hold the process."""
-        if self.plugin.watchdog_timeout_s and sys.gettrace() is None:
-            # Before the process group gives up by itself, which would end the waiting ranks without their stacks.
-            timeout_s = min(self.plugin.watchdog_timeout_s, 0.8 * self.args.ddp_timeout)
-            self._watchdog = Watchdog(timeout_s, Path(self.args.output_dir))
+        if self._watchdog_timeout_s and sys.gettrace() is None:
+            self._watchdog = Watchdog(self._watchdog_timeout_s, Path(self.args.output_dir))
             self._watchdog.start()
         try:
             yield

@@ -22,6 +22,7 @@ from .. import agreement, report, saving
 from ..channel import channel
 from ..data.loader import PlannedDataLoader, Slot, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
+from ..grad_scaler import allow_steps_without_gradients
 from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
@@ -110,6 +111,12 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
                 "too early, without knowing of the CPU. Make no PartialState() or Accelerator() before the trainer's "
                 "arguments, or pass cpu=True to it."
             )
+        shards = getattr(self.args, "context_parallel_size", None) or 1
+        if shards > 1:
+            raise ValueError(
+                f"context_parallel_size={shards} splits each sample over GPUs in Unsloth's own way, and accelerate_unsloth "
+                "trains with plain data parallelism. Leave it out, or use unsloth and trl directly."
+            )
         if self.accelerator.distributed_type not in _DATA_PARALLEL:
             raise ValueError(
                 f"This launch uses {self.accelerator.distributed_type.value}, and accelerate_unsloth trains with plain "
@@ -195,8 +202,13 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         self._plan_step()
         if self._planned_sampler() is not None:
             self._try_custom_loss(self._first_micro_batches())
+        self._metric_book = loss.MetricBook(_METRICS)  # without the probe's
         if self._balance is not None:
             self._undo_after_training.enter_context(self._balance.installed())
+        if self.accelerator.scaler is not None:
+            self._undo_after_training.callback(allow_steps_without_gradients(self.accelerator.scaler).undo)
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)  # or the probe's, which is larger, would be reported
         report.show(self, choice)
         return prepared
 
@@ -360,9 +372,10 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
             if self._balance is not None:  # models with a vision tower take it as an argument only
                 inputs = {**inputs, "output_router_logits": True}
+            noted = getattr(self, "_metrics", {}).get("train" if self.model.training else "eval", {})
+            noted.clear()
             result = own(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            if hasattr(self, "_metrics"):
-                self._metric_book.take(self._metrics["train" if self.model.training else "eval"], items)
+            self._metric_book.take(noted, items)
             if weight is None:
                 return result
             value, *outputs = result if return_outputs else (result,)

@@ -20,6 +20,7 @@ class OutOfMemoryMixin:
 
     def __init__(self, *args, **kwargs):
         self._skipped_items, self._cut_before, self._failed_tokens = 0, False, 0
+        self._recomputes_from_now_on = False
         self.skipped_samples: list[int] = []
         super().__init__(*args, **kwargs)
 
@@ -42,7 +43,8 @@ class OutOfMemoryMixin:
         try:
             return self._learn_at_once(model, batch.inputs, num_items_in_batch, batch.items)
         except torch.OutOfMemoryError as error:
-            if not samples or (len(samples) == 1 and self.plugin.on_oversized == "stop"):
+            stops = len(samples) == 1 and self.plugin.on_oversized == "stop" and not self.checkpointing.may_recompute
+            if not samples or stops:
                 raise self._explained(error, samples) from error
         # Outside of the except block, whose traceback holds the activations.
         self._failed_tokens = count_tokens(batch.inputs)
@@ -52,6 +54,10 @@ class OutOfMemoryMixin:
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
+        if len(samples) == 1 and self._recompute_instead("a sample did not fit without it"):
+            self._recomputes_from_now_on = True  # which the other ranks learn at the end of the step
+            retried = type(batch)(self._collate(samples), batch.items, samples)
+            return self._learn(model, retried, num_items_in_batch)
         if len(samples) == 1:
             return self._skip(samples[0], batch.items)
         half = len(samples) // 2

@@ -121,30 +121,56 @@ class PlanningMixin:
     def _plan_step(self) -> None:
         """Choose gradient checkpointing and micro-batches, the same on all ranks, and try them."""
         lengths, sampler = self._train_lengths, self._planned_sampler()
-        longest = 0 if lengths is None or not len(lengths) else int(lengths.max())
-        without, with_ = self._tokens_that_fit()
+        self._longest = 0 if lengths is None or not len(lengths) else int(lengths.max())
+        self._fitting_tokens = without, with_ = self._tokens_that_fit()
         rank_tokens = 0 if sampler is None or lengths is None else float(lengths.mean()) * sampler.effective_batch
         rank_tokens /= self.accelerator.num_processes
-        asked = getattr(self.model, "_accelerate_unsloth_checkpointing_asked", True)
-        asked = asked or not self.args.gradient_checkpointing
-        cutting = {
+        self._splitting = {
             "requested": self.plugin.micro_batch,
             "lengths_known": lengths is not None and sampler is not None,
             "in_step": self.gradient_sync.mode == "overlapped",
             "noisy": bool(getattr(self.args, "neftune_noise_alpha", None)),
         }
-        plans_memory = micro_batch.why_fixed(**cutting) is None
+        plans_memory = micro_batch.why_fixed(**self._splitting) is None
         self.checkpointing = checkpointing.resolve(
-            self.plugin.gradient_checkpointing, asked, without if plans_memory else 0, with_, longest, rank_tokens
+            self.plugin.gradient_checkpointing,
+            switched_off=not kernels.wants_recomputation(self.model),
+            asked_for=getattr(self.model, "_accelerate_unsloth_checkpointing_asked", None),
+            without=without if plans_memory else 0,
+            with_=with_,
+            longest=self._longest,
+            rank_tokens=rank_tokens,
         )
         self._apply_checkpointing()
+        self._plan_micro_batches()
+        if self.micro_batch.mode == "auto":
+            self._probe_until_it_fits(sampler, self._longest)
+            sampler.token_budget = self.micro_batch.token_budget
+
+    def _plan_micro_batches(self) -> None:
+        """Choose their size by what fits with the activations that are kept now."""
+        without, with_ = self._fitting_tokens
         fits = with_ if kernels.recomputes(self.model) else without
         self.micro_batch = micro_batch.resolve(
-            most_tokens=self.plugin.micro_batch_tokens, fits=fits or None, longest=longest, **cutting
+            most_tokens=self.plugin.micro_batch_tokens, fits=fits or None, longest=self._longest, **self._splitting
         )
-        if self.micro_batch.mode == "auto":
-            self._probe_until_it_fits(sampler, longest)
-            sampler.token_budget = self.micro_batch.token_budget
+
+    def _recompute_instead(self, why: str) -> bool:
+        """
+        Recompute activations from here on, where keeping them was our choice and did not fit.
+
+        Args:
+            why (`str`): One clause, for the start-up table.
+
+        Returns:
+            `bool`: whether that changed anything.
+        """
+        if not self.checkpointing.may_recompute:
+            return False
+        self.checkpointing = checkpointing.CheckpointingChoice("unsloth", why)
+        self._apply_checkpointing()
+        self._plan_micro_batches()
+        return True
 
     def _planned_sampler(self) -> EffectiveBatchSampler | None:
         sampler = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
@@ -153,7 +179,7 @@ class PlanningMixin:
     def _apply_checkpointing(self) -> None:
         if self.checkpointing.mode == "unchanged":
             return
-        before = kernels.set_recomputation(self.model, "unsloth" if self.checkpointing.mode == "unsloth" else False)
+        before = kernels.set_recomputation(self.model, self.checkpointing.mode == "unsloth")
         self._undo_after_training.callback(kernels.set_recomputation, self.model, before)
 
     def _tokens_that_fit(self) -> tuple[int, int]:

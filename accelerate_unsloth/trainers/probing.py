@@ -12,7 +12,7 @@ from .. import memory, optimizer_state
 from ..channel import channel
 from ..data.sampler import EffectiveBatchSampler
 from ..engines import kernels
-from ..policies import checkpointing, micro_batch
+from ..policies import micro_batch
 
 _PROBED_STEPS = 1000
 
@@ -37,23 +37,13 @@ class ProbeMixin:
                 return
             failed = [rank for rank, fits in enumerate(fitted) if not fits]
             if len(samples) == 1 or tokens <= longest:
-                if self._recompute_instead(longest):
+                if self._recompute_instead(f"the longest sample, of {longest} tokens, did not fit without it"):
                     continue
                 if self.plugin.on_oversized == "skip":
                     return
                 raise torch.OutOfMemoryError(self._too_long(samples, tokens, failed))
             why = f"{tokens:,} did not fit on rank {', '.join(map(str, failed))}"
             self.micro_batch = micro_batch.lowered(self.micro_batch, tokens, longest, why)
-
-    def _recompute_instead(self, longest: int) -> bool:
-        """Take back the choice to keep activations, where it was ours and does not work out."""
-        if self.checkpointing.mode != "none" or self.plugin.gradient_checkpointing == "none":
-            return False
-        self.checkpointing = checkpointing.CheckpointingChoice(
-            "unsloth", f"the longest sample, of {longest} tokens, did not fit without it"
-        )
-        self._apply_checkpointing()
-        return True
 
     def _probe_fits(self, samples: list[int]) -> bool:
         """A forward and backward beside a stand-in for the optimizer's state; weights, gradients and dice stay."""
@@ -101,16 +91,22 @@ class ProbeMixin:
 
     def _lower_budget(self, tokens_that_failed: int) -> None:
         """After a rank ran out of memory in a step: plan smaller, on all ranks alike."""
-        failed = [tokens for tokens in channel().gather("out of memory", tokens_that_failed) if tokens]
+        found = channel().gather("out of memory", [tokens_that_failed, self._recomputes_from_now_on])
+        failed = [tokens for tokens, _ in found if tokens]
         sampler = self._planned_sampler()
         if sampler is None or sampler.token_budget is None or not failed:
             return
-        longest = int(self._train_lengths.max())
         why = f"{min(failed):,} ran out of memory at step {self.state.global_step + 1}"
-        self.micro_batch = micro_batch.lowered(self.micro_batch, min(failed), longest, why)
+        if any(recomputes for _, recomputes in found):
+            self._recompute_instead(why)  # where it was another rank that had to
+            self._recomputes_from_now_on = False
+            what = f"activations are recomputed from here on: {why}"
+        else:
+            self.micro_batch = micro_batch.lowered(self.micro_batch, min(failed), self._longest, why)
+            what = f"micro-batches are planned smaller from here on: {self.micro_batch.reason}"
         sampler.token_budget = self.micro_batch.token_budget
         if self.is_world_process_zero():
-            print(f"micro-batches are planned smaller from here on: {self.micro_batch.reason}")
+            print(what)
 
 
 def _worst_case(sampler: EffectiveBatchSampler) -> list[int]:

@@ -20,6 +20,8 @@ import transformers
 from accelerate import PartialState
 from safetensors.torch import save_file
 
+from accelerate_unsloth.engines import kernels
+from accelerate_unsloth.policies import checkpointing
 from tests.workers.provoke import Provoke
 
 
@@ -59,7 +61,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     )
     sabotage(options.get("sabotage"))
     if "memory_tokens" in options:
-        limit_memory(model, options["memory_tokens"])
+        limit_memory(model, options["memory_tokens"], options.get("kept_tokens", options["memory_tokens"]))
     if "provoke" in options:
         trainer.add_callback(Provoke(**options["provoke"]))
     before = trainer.evaluate() if evaluation is not None else {}
@@ -117,12 +119,18 @@ def sabotage(how: str | None) -> None:
         )
 
 
-def limit_memory(model, tokens: int) -> None:
-    """As on a GPU whose memory holds micro-batches of so many tokens, padding included."""
+def limit_memory(model, tokens: int, kept_tokens: int) -> None:
+    """
+    As on a GPU whose memory holds micro-batches of so many tokens, padding included, and fewer if activations are kept.
+    Where that makes a difference, they are kept by our choice.
+    """
+    if kept_tokens != tokens:
+        checkpointing.resolve = lambda *args, **kwargs: checkpointing.CheckpointingChoice("none", "simulated", True)
 
     def check(module, args, kwargs):
-        if module.training and kwargs["input_ids"].numel() > tokens:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Simulated above {tokens} tokens")
+        most = tokens if kernels.recomputes(module) else kept_tokens
+        if module.training and kwargs["input_ids"].numel() > most:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Simulated above {most} tokens")
 
     model.register_forward_pre_hook(check, with_kwargs=True)
 

@@ -1,0 +1,59 @@
+"""
+fp16 steps in which no parameter has a gradient, because every label of the effective batch is masked.
+
+PyTorch's `GradScaler` then raises "No inf checks were recorded for this optimizer" (torch 2.11 to 2.14,
+`amp/grad_scaler.py`), while an optimizer without a scaler passes over such a step. Delete this when the scaler does too.
+"""
+
+import torch
+
+from .ledger import Ledger
+
+
+def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> Ledger:
+    """
+    Let a scaler pass over optimizers whose parameters have no gradient: nothing changes, its scale included.
+
+    Args:
+        scaler (`torch.amp.GradScaler`): For one optimizer.
+
+    Returns:
+        [`Ledger`]: undoes it.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from accelerate_unsloth.grad_scaler import allow_steps_without_gradients
+    >>> scaler = torch.amp.GradScaler("cpu")
+    >>> patches = allow_steps_without_gradients(scaler)
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    >>> scaler.step(optimizer)
+    >>> scaler.update()
+    ```
+    """
+    unscale, step, update = scaler.unscale_, scaler.step, scaler.update
+    stepped = True
+
+    def unscale_those_with_gradients(optimizer):
+        if _has_gradients(optimizer):
+            unscale(optimizer)
+
+    def step_those_with_gradients(optimizer, *args, **kwargs):
+        nonlocal stepped
+        stepped = _has_gradients(optimizer)
+        return step(optimizer, *args, **kwargs) if stepped else optimizer.step(*args, **kwargs)
+
+    def update_after_a_step(new_scale=None):
+        if stepped:
+            update(new_scale)
+
+    patches = Ledger()
+    patches.patch(scaler, "unscale_", unscale_those_with_gradients)
+    patches.patch(scaler, "step", step_those_with_gradients)
+    patches.patch(scaler, "update", update_after_a_step)
+    return patches
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
