@@ -70,3 +70,27 @@ def muted_prints():
         return
     with redirect_stdout(io.StringIO()):
         yield
+
+
+class _DropTrainingBanner(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(_TRAINING_BANNER)
+
+
+# The first counts the GPUs of one process, the second repeats our table (unsloth 2026.10.9, `models/llama.py`).
+_TRAINING_BANNER = ("==((====))==  Unsloth - 2x faster", "Unsloth is running with multi GPUs")
+
+
+@contextmanager
+def without_training_banner():
+    """Leave out what Unsloth says of a training on several processes: "Num GPUs used = 1", beside our table."""
+    llama = sys.modules.get("unsloth.models.llama")
+    if llama is None or topology().world_size == 1:
+        yield
+        return
+    drop = _DropTrainingBanner()
+    llama.logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        llama.logger.removeFilter(drop)

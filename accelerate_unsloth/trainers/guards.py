@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..channel import channel
 from ..checksum import bit_sums
-from ..quiet import muted_prints
+from ..quiet import muted_prints, without_training_banner
 from ..reduction import are_finite
 from ..stopping import StopRequest
 from ..topology import topology
@@ -38,7 +38,7 @@ class GuardMixin:
         Raises:
             SystemExit: with 128 + the signal's number, after such a stop.
         """
-        with self._stop.listening(), self._watched(), muted_prints():
+        with self._stop.listening(), self._watched(), muted_prints(), without_training_banner():
             output = super().train(*args, **kwargs)
         if self._stop_agreed:
             if self.is_world_process_zero():

@@ -18,6 +18,7 @@ del os.environ["UNSLOTH_ALLOW_CPU"]
 import datasets
 import transformers
 import trl
+from safetensors.torch import save_file
 from unsloth.models import rl
 from unsloth.models._utils import patch_gradient_accumulation_fix
 from unsloth.trainer import _patch_trl_trainer
@@ -33,22 +34,20 @@ class Trainer(DistributedTrainerMixin, trl.SFTTrainer):
     pass
 
 
-def main(model_folder: str, data_file: str, out: str, accumulation: str) -> None:
-    from tests.workers.train import count_mapped_rows
-
-    out = Path(out)
-    model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128)
-    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+def train(model_folder: str, data_file: str, out: Path, accumulation: int, **arguments) -> Trainer:
+    experts = "router_aux_loss_coef" in arguments
+    model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128, full_finetuning=experts)
+    if not experts:
+        model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
     rows = datasets.Dataset.from_json(data_file, cache_dir=str(out / "json_cache"))
-    mapped = count_mapped_rows()
     trainer = Trainer(
         model,
         trl.SFTConfig(
             str(out / "run"),
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=int(accumulation),
+            gradient_accumulation_steps=accumulation,
             num_train_epochs=1,
-            learning_rate=1e-2,
+            learning_rate=1e-3 if experts else 1e-2,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -57,21 +56,32 @@ def main(model_folder: str, data_file: str, out: str, accumulation: str) -> None
             optim="adamw_torch",
             padding_free=False,
             dataset_num_proc=1,
+            gradient_checkpointing=False,
+            **arguments,
         ),
         train_dataset=rows,
         processing_class=tokenizer,
     )
     trainer.train()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    report = {
-        "losses": [entry["loss"] for entry in history],
-        "num_tokens": [entry["num_tokens"] for entry in history],
-        "trainer": trl.SFTTrainer.__name__,
-        "get_batch_samples": transformers.Trainer.get_batch_samples.__name__,
-        "mapped_rows": mapped,
-    }
-    (out / f"result{trainer.accelerator.process_index}.json").write_text(json.dumps(report))
+    return trainer
+
+
+def main(model_folder: str, experts_folder: str, data_file: str, out: str, accumulation: str) -> None:
+    from tests.workers.train import count_mapped_rows
+
+    out, rank = Path(out), int(os.environ.get("RANK", 0))
+    mapped = count_mapped_rows()
+    report = {"mapped_rows": mapped}
+    runs = {"dense": (model_folder, {}), "experts": (experts_folder, {"router_aux_loss_coef": 0.5})}
+    for name, (folder, arguments) in runs.items():
+        trainer = train(folder, data_file, out, int(accumulation), **arguments)
+        report[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
+        trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        save_file(trained, out / f"{name}{rank}.safetensors")
+    report["trainer"] = trl.SFTTrainer.__name__
+    report["get_batch_samples"] = transformers.Trainer.get_batch_samples.__name__
+    (out / f"result{rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:6])
