@@ -19,8 +19,11 @@ def runs(tiny_model, uneven_data, tmp_path_factory):
         folder = tmp_path_factory.mktemp("unsloth")
         # Unsloth writes the trainers that it generates, so each run gets a folder of its own.
         environment = {"HF_HOME": str(folder / "cache"), "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")}
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes, for a model that trains in a second
         arguments = [tiny_model, experts, uneven_data, folder, accumulation]
-        finished = launch(WORKERS / "unsloth_trainer.py", arguments, processes, environment, real_launcher=True)
+        finished = launch(
+            WORKERS / "unsloth_trainer.py", arguments, processes, environment, timeout_s=300, real_launcher=True
+        )
         assert finished.status == 0, finished.output[-4000:]
         folders[processes] = folder
     return folders

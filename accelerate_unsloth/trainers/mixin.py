@@ -204,7 +204,7 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
             self._try_custom_loss(self._first_micro_batches())
         self._metric_book = loss.MetricBook(_METRICS)  # without the probe's
         if self._balance is not None:
-            self._undo_after_training.enter_context(self._balance.installed())
+            self._undo_after_training.enter_context(self._balance.installed(self.model))
         if self.accelerator.scaler is not None:
             self._undo_after_training.callback(allow_steps_without_gradients(self.accelerator.scaler).undo)
         if self.args.device.type == "cuda":

@@ -11,12 +11,13 @@ micro-batches without gradients, and one all-reduce of 2E + 2 numbers adds up th
 micro-batch contributes its share of `p_e`. The price is one more forward per micro-batch, where there are several.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from types import CellType, FunctionType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,11 +78,36 @@ def router_sums(gate_logits: Iterable[torch.Tensor], top_k: int, attention_mask:
     return Sums(*total)
 
 
+def _globals_of_forwards(model: torch.nn.Module) -> Iterator[dict]:
+    """
+    Yield the global names that the forwards of a model see.
+
+    They need not be those of a module: Unsloth runs forwards that it has rewritten in namespaces of their own, and wraps
+    others.
+    """
+    forwards = [type(module).forward for module in model.modules()] + [module.forward for module in model.modules()]
+    pending, seen = [getattr(forward, "__func__", forward) for forward in forwards], set()
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        yield function.__globals__
+        pending += [getattr(function, "__wrapped__", None), *map(_content, function.__closure__ or ())]
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return getattr(cell.cell_contents, "__func__", cell.cell_contents)
+    except ValueError:  # not filled yet
+        return None
+
+
 class RouterBalance:
     """
     Gives each micro-batch its share of the balancing loss of the whole step.
 
-    While it is [`installed`], the balancing loss of every model in this process goes through it.
+    While it is [`installed`] for a model, the balancing loss of that model goes through it.
 
     Args:
         config ([`~transformers.PretrainedConfig`]): Of the model.
@@ -100,16 +126,17 @@ class RouterBalance:
         self._items = self._weight = 1.0
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Take the place of transformers' function in every module that holds it."""
-        import_module("transformers.models.mixtral.modeling_mixtral")  # TRL takes it from there, at its first use
+    def installed(self, model: torch.nn.Module) -> Iterator[None]:
+        """Take the place of transformers' function wherever the forwards of `model` may find it."""
+        # TRL takes it from there, at its first use.
+        mixtral = vars(import_module("transformers.models.mixtral.modeling_mixtral"))
+        found = {id(names): names for names in [mixtral, *_globals_of_forwards(model)]}
         patches = Ledger()
-        for module in list(sys.modules.values()):
-            names = vars(module) if module is not None and hasattr(module, "__dict__") else {}
+        for names in found.values():
             if callable(original := names.get(_LOSS)):
-                patches.patch(module, _LOSS, partial(self._loss, original))
+                patches.patch(names, _LOSS, partial(self._loss, original))
             if callable(names.get(_SCALE)):
-                patches.patch(module, _SCALE, lambda aux_loss, *args, **kwargs: aux_loss)
+                patches.patch(names, _SCALE, lambda aux_loss, *args, **kwargs: aux_loss)
         try:
             yield
         finally:
