@@ -53,6 +53,17 @@ POINTS = {
     "trl.trainer:SFTTrainer.__init__": ["self", "model", "args"],
     "trl.trainer.sft_trainer:SFTTrainer.__init__": ["self", "model", "args"],
     "torch.distributed:rendezvous": ["url"],
+    "trl.trainer.utils:_ChunkedLogProbFunction.apply": [],
+    "transformers.models.mixtral.modeling_mixtral:load_balancing_loss_func": [
+        "gate_logits", "num_experts", "top_k", "attention_mask",
+    ],
+    "accelerate:Accelerator.gather": ["self", "tensor"],
+    "accelerate:Accelerator.gather_for_metrics": ["self", "input_data"],
+    "accelerate:Accelerator.reduce": ["self", "tensor"],
+    "accelerate:Accelerator.pad_across_processes": ["self", "tensor"],
+    "torch.amp:GradScaler.unscale_": ["self", "optimizer"],
+    "torch.amp:GradScaler.step": ["self", "optimizer"],
+    "torch.amp:GradScaler.update": ["self", "new_scale"],
     "datasets:Dataset.save_to_disk": ["self", "dataset_path"],
 }  # fmt: skip
 
@@ -68,6 +79,8 @@ UNSLOTH_POINTS = {
     "unsloth.models._utils:patch_gradient_accumulation_fix": ["Trainer"],
     "unsloth.models.llama:FastLlamaModel.for_training": ["model", "use_gradient_checkpointing"],
     "unsloth.utils.attention_dispatch:_load_torch_varlen_attn": [],
+    "unsloth.models.llama:logger.addFilter": [],
+    "unsloth_zoo.fused_losses.aux_loss:unsloth_ga_scale_aux_loss": ["aux_loss", "labels"],
     "unsloth_zoo.loss_utils:_unsloth_get_batch_samples": ["self", "epoch_iterator", "num_batches"],
     "unsloth_zoo.dataset_utils:sft_prepare_dataset": ["self", "dataset", "processing_class", "args"],
 }
