@@ -4,12 +4,12 @@ One voice per launch: banners, notices, progress bars and statistics downloads o
 What a rank raises is never hidden; `log_on_each_rank` lets everything through.
 """
 
-import io
 import logging
 import os
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
+from functools import lru_cache
 
 from .topology import topology
 
@@ -24,7 +24,7 @@ _QUIET_ENVIRONMENT = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
 }
 
-
+# Of `torch` the Python side only: what NCCL and Gloo warn of is written by C++, and comes from every rank.
 _LOGGERS = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")
 
 
@@ -68,8 +68,14 @@ def muted_prints():
     if not _muted:
         yield
         return
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(_nowhere()):
         yield
+
+
+@lru_cache(maxsize=1)
+def _nowhere():
+    """A file that keeps nothing. It stays open, because a log handler made meanwhile may hold it for good."""
+    return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 class _DropTrainingBanner(logging.Filter):
