@@ -2,15 +2,18 @@
 Short messages between ranks.
 
 They go through the launcher's key-value store, not through NCCL or Gloo: they work before a process group exists, touch
-no GPU, and a wait ends as soon as another rank reports a failure. They are for set-up, saving and errors; the training
-step never uses them.
+no GPU, and a wait ends as soon as another rank reports a failure. One server answers the requests of all ranks, and takes
+no message above 8 MiB. So messages are for set-up, saving and errors: the training step never uses them, and nothing that
+grows with the data travels this way. The keys of a message are deleted when nobody needs them any more.
 """
 
 import atexit
 import json
+import math
+import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -18,8 +21,9 @@ from typing import Any
 
 from .topology import Topology, attempt, topology
 
-_POLL_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.2
 _STORE_TIMEOUT_S = 600.0
+_OUTLAST_S = 5.0
 
 
 class PeerFailure(RuntimeError):
@@ -52,6 +56,7 @@ class Channel:
         self.topology = topology
         self._store = store
         self._calls = Counter()
+        self._gathered = {}  # name of a gather -> the key that this rank posted last
 
     def _next_key(self, name: str) -> str:
         self._calls[name] += 1
@@ -60,21 +65,43 @@ class Channel:
     def _post(self, key: str, message: Any) -> None:
         self._store.set(key, json.dumps(message))
 
-    def _receive(self, key: str, sender: int) -> Any:
-        while not self._store.check([key]):
+    def _arrives(
+        self, keys: list[str], timeout_s: float = math.inf, gives_up: Callable[[], Any] = lambda: False
+    ) -> bool:
+        """
+        Wait until all `keys` are there, for at most `timeout_s` seconds and until `gives_up()`, which is called at each turn.
+
+        `Store.wait` would do, but each of its timeouts is a warning on the console (torch 2.11 to 2.14, `socket.cpp`).
+        """
+        deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
+        while not self._store.check(keys):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or gives_up():
+                return self._store.check(keys)
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return True
+
+    def _receive(self, name: str, keys: list[str], senders: Iterable[int]) -> list:
+        """The messages under `keys`, one of each sender. Ends with an error when one of them will not come."""
+
+        def raise_if_lost():
             failed_rank = self.failed_rank()
             if failed_rank is not None:
-                raise PeerFailure(f"rank {failed_rank} failed while rank {self.topology.rank} waited for {key!r}")
-            if self._store.check([f"ended/{sender}"]) and not self._store.check([key]):
-                raise RuntimeError(
-                    f"Rank {sender} ended, and rank {self.topology.rank} still waits for it in {key.split('/')[0]!r}. "
-                    "Every rank has to make this call: look for one that only some ranks reach."
-                )
-            try:
-                self._store.wait([key], timedelta(seconds=_POLL_S))
-            except RuntimeError:  # the poll interval is over: look for failures again
-                continue
-        return json.loads(self._store.get(key))
+                raise PeerFailure(f"rank {failed_rank} failed while rank {self.topology.rank} waited in {name!r}")
+            if self._store.check(["ended"]):
+                for key, sender in zip(keys, senders, strict=True):
+                    self._require_sender(name, key, sender)
+
+        self._arrives(keys, gives_up=raise_if_lost)
+        return [json.loads(message) for message in self._store.multi_get(keys)]
+
+    def _require_sender(self, name: str, key: str, sender: int) -> None:
+        if self._store.check([f"ended/{sender}"]) and not self._store.check([key]):
+            raise RuntimeError(
+                f"Rank {sender} ended, and rank {self.topology.rank} still waits for it in {name!r}. "
+                "Every rank has to make this call: look for one that only some ranks reach."
+            )
 
     def gather(self, name: str, value: Any) -> list:
         """
@@ -83,9 +110,15 @@ class Channel:
         Raises:
             PeerFailure: if a rank fails before it has sent its value.
         """
-        key = self._next_key(name)
-        self._post(f"{key}/{self.topology.rank}", value)
-        return [self._receive(f"{key}/{rank}", rank) for rank in range(self.topology.world_size)]
+        key, ranks = self._next_key(name), range(self.topology.world_size)
+        keys = [f"{key}/{rank}" for rank in ranks]
+        own = keys[self.topology.rank]
+        self._post(own, value)
+        values = self._receive(name, keys, ranks)
+        if name in self._gathered:  # all ranks have sent this value, so they have read the last one
+            self._store.delete_key(self._gathered[name])
+        self._gathered[name] = own
+        return values
 
     def exchange(self, name: str, value: Any, timeout_s: float) -> dict[int, Any]:
         """
@@ -94,16 +127,13 @@ class Channel:
         Returns:
             `dict[int, Any]`: the value of each rank, or `None` for one that did not send it in time.
         """
-        key = self._next_key(name)
-        self._post(f"{key}/{self.topology.rank}", value)
-        deadline, values = time.monotonic() + timeout_s, {}
-        for rank in range(self.topology.world_size):
-            with suppress(RuntimeError):
-                left_s = max(deadline - time.monotonic(), 0.1)
-                self._store.wait([f"{key}/{rank}"], timedelta(seconds=left_s))
-            arrived = self._store.check([f"{key}/{rank}"])
-            values[rank] = json.loads(self._store.get(f"{key}/{rank}")) if arrived else None
-        return values
+        call = self._next_key(name)
+        keys = {rank: f"{call}/{rank}" for rank in range(self.topology.world_size)}
+        self._post(keys[self.topology.rank], value)
+        self._arrives(list(keys.values()), timeout_s)
+        return {
+            rank: json.loads(self._store.get(key)) if self._store.check([key]) else None for rank, key in keys.items()
+        }
 
     def run_on_main(self, name: str, function: Callable[[], Any]) -> Any:
         """
@@ -112,10 +142,7 @@ class Channel:
         Raises:
             PeerFailure: on the waiting ranks if `function` raises on rank 0.
         """
-        key = self._next_key(name)
-        if self.topology.is_main:
-            return self._run_and_report(key, function, lambda result: None)
-        return self._receive_outcome(key, sender=0)
+        return self._run_once(name, function, 0, self.topology.world_size - 1, lambda result: None)
 
     def run_on_local_main(self, name: str, function: Callable[[], Any]) -> Any:
         """
@@ -124,24 +151,36 @@ class Channel:
         Raises:
             PeerFailure: on the waiting ranks if `function` raises on their node's first process.
         """
-        key = f"{self._next_key(name)}/node{self.topology.node}"
-        if self.topology.is_local_main:
-            return self._run_and_report(key, function, lambda result: result)
-        return self._receive_outcome(key, sender=self.topology.rank - self.topology.local_rank)
+        return self._run_once(
+            name, function, self.topology.local_main, self.topology.local_world_size - 1, lambda result: result
+        )
 
-    def _run_and_report(self, key: str, function: Callable[[], Any], message: Callable[[Any], Any]) -> Any:
+    def _run_once(
+        self, name: str, function: Callable, runner: int, readers: int, message: Callable[[Any], Any]
+    ) -> Any:
+        """Run `function` on the rank `runner`, and send `message(result)` to the `readers` other ranks that wait for it."""
+        key = f"{self._next_key(name)}/{runner}"
+        if self.topology.rank != runner:
+            return self._receive_outcome(name, key, runner, readers)
         try:
             result = function()
+            outcome = {"result": message(result)}
         except BaseException as error:
-            self._post(key, {"error": f"{type(error).__name__}: {error}"})
+            outcome = {"error": f"{type(error).__name__}: {error}"}
             raise
-        self._post(key, {"result": message(result)})
+        finally:
+            if readers:
+                self._post(key, outcome)
         return result
 
-    def _receive_outcome(self, key: str, sender: int) -> Any:
-        outcome = self._receive(key, sender)
+    def _receive_outcome(self, name: str, key: str, sender: int, readers: int) -> Any:
+        (outcome,) = self._receive(name, [key], [sender])
+        counter = f"{key}/read"
+        if self._store.add(counter, 1) == readers:  # nobody needs them any more
+            self._store.delete_key(key)
+            self._store.delete_key(counter)
         if "error" in outcome:
-            raise PeerFailure(f"another rank failed in {key!r}: {outcome['error']}")
+            raise PeerFailure(f"another rank failed in {name!r}: {outcome['error']}")
         return outcome["result"]
 
     def fail(self, report: str) -> tuple[int, str]:
@@ -163,18 +202,20 @@ class Channel:
         """Tell the others that this rank sends nothing more."""
         with suppress(RuntimeError):  # the launcher, and its store with it, may be gone already
             self._store.set(f"ended/{self.topology.rank}", "")
+            self._store.set("ended", "")  # one key to look at, whoever ended
+
+    def outlast(self, timeout_s: float) -> None:
+        """Wait until all ranks have ended, for the rank whose process holds the store."""
+        self._arrives([f"ended/{rank}" for rank in range(self.topology.world_size)], timeout_s)
 
     def failed_rank(self) -> int | None:
         """The first rank that reported a failure, if any."""
         return int(self._store.get("failed")) if self._store.check(["failed"]) else None
 
     def wait_for_failure_of_main(self, timeout_s: float) -> str | None:
-        """What rank 0 reported as its error, or `None` if it reports none within `timeout_s` seconds."""
-        try:
-            self._store.wait(["failed/0"], timedelta(seconds=timeout_s))
-        except RuntimeError:
-            return None
-        return json.loads(self._store.get("failed/0"))
+        """What rank 0 reported as its error, or `None` if it ends without, or reports none within `timeout_s` seconds."""
+        reported = self._arrives(["failed/0"], timeout_s, gives_up=lambda: self._store.check(["ended/0"]))
+        return json.loads(self._store.get("failed/0")) if reported else None
 
 
 @lru_cache(maxsize=1)
@@ -188,5 +229,8 @@ def channel() -> Channel:
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_STORE_TIMEOUT_S)))
     # Elastic restarts reuse the agent's store; without the attempt in the prefix a rank would read the last attempt's.
     connected = Channel(place, dist.PrefixStore(f"accelerate_unsloth/{attempt()}", store))
-    atexit.register(connected.end)
+    # Without torchelastic rank 0 holds the store, and the others' last messages must not be lost with it.
+    if place.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        atexit.register(connected.outlast, _OUTLAST_S)
+    atexit.register(connected.end)  # runs first
     return connected

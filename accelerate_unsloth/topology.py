@@ -3,13 +3,14 @@
 import os
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+
+_LOCAL_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
 @dataclass(frozen=True)
 class Topology:
     """
-    The place of one process in the launch, as the launcher's environment variables give it.
+    The place of one process in the launch.
 
     Args:
         rank (`int`): Index of this process among all processes.
@@ -17,6 +18,7 @@ class Topology:
         local_rank (`int`): Index of this process on its node.
         local_world_size (`int`): Number of processes on this node.
         node (`int`): Index of this node.
+        local_main (`int`): Rank of the first process on this node.
     """
 
     rank: int = 0
@@ -24,19 +26,44 @@ class Topology:
     local_rank: int = 0
     local_world_size: int = 1
     node: int = 0
+    local_main: int = 0
 
     @classmethod
     def from_environment(cls, environment=os.environ) -> "Topology":
+        """Read the variables that torchelastic sets. Unless [`is_located`], only `rank` and `world_size` are reliable."""
+
         def read(name, default):
             return int(environment.get(name, default))
 
-        world_size = read("WORLD_SIZE", 1)
+        rank, world_size = read("RANK", 0), read("WORLD_SIZE", 1)
+        local_rank = read("LOCAL_RANK", rank)
         return cls(
-            rank=read("RANK", 0),
+            rank=rank,
             world_size=world_size,
-            local_rank=read("LOCAL_RANK", read("RANK", 0)),
+            local_rank=local_rank,
             local_world_size=read("LOCAL_WORLD_SIZE", world_size),
             node=read("GROUP_RANK", 0),
+            local_main=rank - local_rank,
+        )
+
+    @classmethod
+    def from_hosts(cls, hosts: list[str], rank: int, environment=os.environ) -> "Topology":
+        """
+        Find out which ranks share a node by the names of their machines.
+
+        Args:
+            hosts (`list[str]`): Host name of each rank, in rank order.
+            rank (`int`): Index of this process among all processes.
+            environment (`Mapping[str, str]`, *optional*): Its `LOCAL_RANK`, where there is one, decides the local rank.
+        """
+        neighbours = [other for other, host in enumerate(hosts) if host == hosts[rank]]
+        return cls(
+            rank=rank,
+            world_size=len(hosts),
+            local_rank=int(environment.get("LOCAL_RANK", neighbours.index(rank))),
+            local_world_size=len(neighbours),
+            node=list(dict.fromkeys(hosts)).index(hosts[rank]),
+            local_main=neighbours[0],
         )
 
     @property
@@ -45,12 +72,30 @@ class Topology:
 
     @property
     def is_local_main(self) -> bool:
-        return self.local_rank == 0
+        return self.rank == self.local_main
 
 
-@lru_cache(maxsize=1)
+_place: Topology | None = None
+
+
 def topology() -> Topology:
-    return Topology.from_environment()
+    """The place of this process. Its node is known once the engine is loaded (`distributed.locate`)."""
+    global _place
+    if _place is None:
+        _place = Topology.from_environment()
+    return _place
+
+
+def relocate(place: Topology) -> None:
+    """Replace what the environment said by `place`."""
+    global _place
+    _place = place
+
+
+def is_located(environment=os.environ) -> bool:
+    """Whether the launcher tells which ranks share a node. `srun` and `mpirun` leave some of its variables out."""
+    alone = int(environment.get("WORLD_SIZE", 1)) == 1
+    return alone or all(name in environment for name in _LOCAL_VARIABLES)
 
 
 def attempt() -> str:

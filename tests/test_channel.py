@@ -1,21 +1,30 @@
 """Messages between ranks, with the ranks played by threads over one store."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from accelerate_unsloth.channel import Channel, PeerFailure
 from accelerate_unsloth.topology import Topology
 
+from .stores import WatchedStore
 
-def on_ranks(world_size, body, nodes=1):
-    """Run `body(channel)` on every rank at once; its results, or the exceptions it raised, in rank order."""
-    store, per_node = HashStore(), world_size // nodes
-    channels = [
-        Channel(Topology(rank, world_size, rank % per_node, per_node, rank // per_node), store)
+
+def connect(world_size, nodes=1, stores=None):
+    """A channel of each rank; over one store, or each over a client of its own."""
+    per_node, stores = world_size // nodes, stores or [HashStore()] * world_size
+    places = [
+        Topology(rank, world_size, rank % per_node, per_node, rank // per_node, rank - rank % per_node)
         for rank in range(world_size)
     ]
+    return [Channel(place, WatchedStore(store)) for place, store in zip(places, stores, strict=True)]
+
+
+def on_ranks(world_size, body, nodes=1, stores=None):
+    """Run `body(channel)` on every rank at once; its results, or the exceptions it raised, in rank order."""
 
     def guarded(channel):
         try:
@@ -24,13 +33,7 @@ def on_ranks(world_size, body, nodes=1):
             return error
 
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(guarded, channels))
-
-
-def test_topology_is_read_from_the_launchers_environment():
-    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
-    assert Topology.from_environment(environment) == Topology(5, 8, 1, 4, 1)
-    assert Topology.from_environment({}) == Topology(0, 1, 0, 1, 0)
+        return list(pool.map(guarded, connect(world_size, nodes, stores)))
 
 
 def test_gather_gives_every_rank_all_values_in_rank_order():
@@ -85,8 +88,7 @@ def test_a_wait_for_a_rank_that_has_ended_says_who_waits_for_what():
 
 
 def test_the_first_failure_is_the_one_that_counts():
-    store = HashStore()
-    first, second = (Channel(Topology(rank, 2), store) for rank in (0, 1))
+    first, second = connect(2)
     assert second.fail("mine") == (1, "mine")
     assert first.fail("a broken connection") == (1, "mine")
     assert first.failed_rank() == 1
@@ -94,8 +96,76 @@ def test_the_first_failure_is_the_one_that_counts():
 
 @pytest.mark.parametrize("reported", [None, "same"])
 def test_a_rank_hears_what_rank_0_reports_or_nothing(reported):
-    store = HashStore()
-    main, other = (Channel(Topology(rank, 2), store) for rank in (0, 1))
+    main, other = connect(2)
     if reported:
         main.fail(reported)
     assert other.wait_for_failure_of_main(timeout_s=0.1) == reported
+
+
+def test_nobody_waits_for_the_report_of_a_rank_0_that_has_ended():
+    main, other = connect(2)
+    main.end()
+    assert other.wait_for_failure_of_main(timeout_s=3600.0) is None
+
+
+def test_what_has_not_arrived_in_time_is_none():
+    main, other = connect(2)
+    assert main.exchange("stuck", "here", timeout_s=0.01) == {0: "here", 1: None}
+    assert other.exchange("stuck", "there", timeout_s=10.0) == {0: "here", 1: "there"}
+
+
+def test_a_gather_takes_as_many_requests_for_many_ranks_as_for_two():
+    def requests_of_the_last_to_come(world_size):
+        *early, late = connect(world_size)
+        with ThreadPoolExecutor(world_size) as pool:
+            for round_ in (1, 2):  # the second round also deletes
+                waiting = [pool.submit(channel.gather, "x", round_) for channel in early]
+                while not early[0]._store.store.check([f"x/{round_}/{channel.topology.rank}" for channel in early]):
+                    time.sleep(0.001)
+                assert late.gather("x", round_) == [round_] * world_size
+                assert [call.result() for call in waiting] == [[round_] * world_size] * len(early)
+        return late._store.requests
+
+    assert requests_of_the_last_to_come(8) == requests_of_the_last_to_come(2)
+
+
+def hash_stores():
+    return [HashStore()] * 4
+
+
+def tcp_stores():
+    timeout = timedelta(seconds=30)
+    server = TCPStore("127.0.0.1", 0, 1, True, timeout)
+    clients = [TCPStore("127.0.0.1", server.port, 1, False, timeout) for _ in range(3)]
+    return [PrefixStore("accelerate_unsloth/0", store) for store in (server, *clients)]
+
+
+@pytest.mark.parametrize("make_stores", [hash_stores, tcp_stores])
+def test_the_store_does_not_grow(make_stores):
+    stores = make_stores()
+    keys_before = stores[0].num_keys()
+
+    def work(channel):
+        for number in range(350):
+            assert channel.gather("number", number) == [number] * 4
+            assert channel.run_on_main("main", lambda number=number: number) in (number, None)
+            assert channel.run_on_local_main("local", lambda number=number: number) == number
+
+    assert on_ranks(4, work, nodes=2, stores=stores) == [None] * 4
+    assert stores[0].num_keys() - keys_before == 4  # of the last gather
+
+
+def test_keys_of_a_failed_call_do_no_harm():
+    """A rank that fails in one call, and others that go on, as a script that catches errors does."""
+
+    def work(channel):
+        errors = 0
+        for number in range(3):
+            try:
+                channel.run_on_main("write", lambda number=number: 1 / (number - 1))
+            except (ZeroDivisionError, PeerFailure):
+                errors += 1
+            assert channel.gather("number", number) == [number] * 3
+        return errors
+
+    assert on_ranks(3, work) == [1, 1, 1]
