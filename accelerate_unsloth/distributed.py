@@ -8,7 +8,7 @@ import socket
 import sys
 
 from .channel import channel
-from .topology import attempt, topology
+from .topology import Topology, attempt, is_located, relocate, topology
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -39,6 +39,22 @@ def renew_rendezvous() -> None:
         free_port = probe.getsockname()[1]
     os.environ["MASTER_PORT"] = str(channel().gather("port", free_port)[0])
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def locate() -> None:
+    """
+    Find out which ranks share a machine, where the launcher does not tell (`srun`, `mpirun`). Call on all ranks.
+
+    `LOCAL_RANK` and `LOCAL_WORLD_SIZE`, which accelerate reads, are set unless they are.
+    """
+    if is_located():
+        return
+    connected = channel()
+    place = Topology.from_hosts(connected.gather("hosts", socket.gethostname()), topology().rank)
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))
+    relocate(place)
+    connected.topology = place
 
 
 def close_process_group_at_exit() -> None:

@@ -15,6 +15,7 @@ from . import environment, resolve
 failures.install()
 distributed.end_with_launcher()
 distributed.renew_rendezvous()
+distributed.locate()
 distributed.close_process_group_at_exit()
 _plugin = UnslothPlugin()
 _use_cpu = uses_cpu()
