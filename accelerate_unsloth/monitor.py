@@ -2,25 +2,28 @@
 What each logging step says about speed and memory, over all ranks.
 
 A rank adds up what it has done since the last logging step, without waiting for its GPU; ranks exchange these sums only
-where they log.
+where they log, in one small collective.
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import fields
 
 import psutil
 import torch
+from accelerate.utils import gather
 from transformers import TrainerCallback
 
 from .channel import channel
 from .readings import History, RankReading
+from .topology import topology
 
 _GIB = 2**30
+_NUMBERS = {field.name: field.type for field in fields(RankReading) if field.name != "device"}
 
 
 class Monitor(TrainerCallback):
     """
-    Times this rank's steps.
+    Times this rank's steps. All ranks make one together.
 
     Args:
         device (`torch.device`): Where this rank computes.
@@ -30,8 +33,9 @@ class Monitor(TrainerCallback):
 
     def __init__(self, device: torch.device):
         self.history = History()
-        self._cuda = device.type == "cuda"
-        self._device_name = torch.cuda.get_device_name(device) if self._cuda else "CPU"
+        self._device, self._cuda = device, device.type == "cuda"
+        own_name = torch.cuda.get_device_name(device) if self._cuda else "CPU"
+        self._device_names = channel().gather("devices", own_name)
         self._since_log = RankReading()
         self._retries_before = 0
         self._step_began_s = self._own_began = None
@@ -79,16 +83,25 @@ class Monitor(TrainerCallback):
         """
         reading, self._since_log = self._since_log, RankReading()
         self._add_memory(reading)
-        ranks = [RankReading(**rank) for rank in channel().gather("monitor", asdict(reading))]
-        if channel().topology.is_main:
+        ranks = self._exchange(reading)
+        if topology().is_main:
             self.history.add(step, ranks)
         return ranks
+
+    def _exchange(self, reading: RankReading) -> list[RankReading]:
+        """The readings of all ranks, in rank order."""
+        rows = [[getattr(reading, name) for name in _NUMBERS]]
+        if topology().world_size > 1:  # float64 holds every count that can occur
+            rows = gather(torch.tensor(rows, dtype=torch.float64, device=self._device)).tolist()
+        return [
+            RankReading(device=device, **{name: kind(value) for (name, kind), value in zip(_NUMBERS.items(), row)})
+            for device, row in zip(self._device_names, rows, strict=True)
+        ]
 
     def _add_memory(self, reading: RankReading) -> None:
         host = psutil.virtual_memory()
         reading.host_gib = psutil.Process().memory_info().rss / _GIB
         reading.host_available_gib, reading.host_total_gib = host.available / _GIB, host.total / _GIB
-        reading.device = self._device_name
         if not self._cuda:
             return
         reading.peak_gib = torch.cuda.max_memory_allocated() / _GIB

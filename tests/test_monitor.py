@@ -199,6 +199,25 @@ def test_the_readings_reach_tensorboard(mode, tiny_model, uneven_data, tmp_path)
     assert all(slower >= faster > 0 for slower, faster in zip(slow, fast, strict=True))
 
 
+@pytest.mark.launch
+@pytest.mark.parametrize("mode", ["after_backward", "overlapped"])
+def test_steps_that_log_ask_nothing_of_the_store(mode, tiny_model, uneven_data, tmp_path):
+    options = {
+        "args": {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "logging_steps": 1},
+        "plugin": {"gradient_sync": mode},
+        "note_store_requests": True,
+    }
+    finished = launch(
+        WORKERS / "train.py",
+        [tiny_model, uneven_data, tmp_path, json.dumps(options)],
+        environment={"HF_HOME": str(tmp_path / "cache")},
+    )
+    assert finished.status == 0, finished.output[-3000:]
+    for rank in (0, 1):
+        assert result(tmp_path, rank)["store_requests"] == [[]] * 12  # 22 samples, 4 in a step, twice
+    assert "waitForInput" not in finished.output
+
+
 @pytest.mark.slow
 @pytest.mark.launch
 def test_the_monitor_can_be_switched_off(tiny_model, uneven_data, tmp_path):

@@ -20,8 +20,10 @@ import transformers
 from accelerate import PartialState
 from safetensors.torch import save_file
 
+from accelerate_unsloth.channel import channel
 from accelerate_unsloth.engines import kernels
 from accelerate_unsloth.policies import checkpointing
+from tests.stores import WatchedStore
 from tests.workers.provoke import Provoke
 
 
@@ -64,6 +66,9 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         limit_memory(model, options["memory_tokens"], options.get("kept_tokens", options["memory_tokens"]))
     if "provoke" in options:
         trainer.add_callback(Provoke(**options["provoke"]))
+    requests = NoteStoreRequests()
+    if options.get("note_store_requests"):
+        trainer.add_callback(requests)
     before = trainer.evaluate() if evaluation is not None else {}
     trainer.train(resume_from_checkpoint=options.get("resume"))
     if options.get("save"):
@@ -81,6 +86,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "samples_dealt": "balanced" if trainer.balances_tokens else "planned",
         "mapped_rows": maps,
         "saves": saves,
+        "store_requests": requests.noted,
         "skipped_samples": trainer.skipped_samples,
         "eval_losses": [before.get("eval_loss")]
         + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
@@ -117,6 +123,22 @@ def sabotage(how: str | None) -> None:
         reduction.FlatReducer.reduce = lambda self, loss, items, tokens, **options: reduce(
             self, loss, torch.ones_like(items), tokens, **options
         )
+
+
+class NoteStoreRequests(transformers.TrainerCallback):
+    """What the steps ask the store of the channel for, from one log to the next."""
+
+    def __init__(self):
+        self.noted = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._channel = channel()
+        self._channel._store = WatchedStore(self._channel._store)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.noted.append(list(self._channel._store.requests))
+            self._channel._store.requests.clear()
 
 
 def limit_memory(model, tokens: int, kept_tokens: int) -> None:
