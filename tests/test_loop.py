@@ -164,6 +164,23 @@ def test_mean_and_sum_are_over_ranks(method, tmp_path):
     assert found["gradients"] == pytest.approx(expected)
 
 
+@pytest.mark.launch
+def test_an_order_may_be_larger_than_a_message_of_the_store(tmp_path):
+    samples = 1_300_000  # above 8 MiB as text, at which the store closes the connection
+    finished = launch(WORKERS / "drawn_order.py", [tmp_path, samples], processes=2)
+    assert finished.status == 0, finished.output[-4000:]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"result{rank}.json").read_text())
+        assert found == {"first": [1_299_999, 1_299_998, 1_299_997], "length": samples}
+
+
+@pytest.mark.launch
+def test_an_error_of_a_sampler_of_rank_0_ends_all_with_one_message(tmp_path):
+    finished = launch(WORKERS / "aggregate.py", [tmp_path, "an error of the sampler"], processes=2)
+    assert finished.status != 0
+    assert finished.output.count("RuntimeError: this sampler is broken") == 1, finished.output[-4000:]
+
+
 # ---- Refusals ----
 
 

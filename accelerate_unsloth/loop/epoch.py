@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
 from .. import agreement
@@ -49,8 +50,9 @@ class EpochMixin:
         return epochs
 
     def _draw(self, draw: Callable[[], Any]) -> Any:
-        """What rank 0 draws, on every rank."""
-        return channel().gather("order", draw() if self.place.rank == 0 else None)[0]
+        """What rank 0 draws, on every rank: through the process group, because an order grows with the data."""
+        drawn = channel().run_on_main("order", draw)  # an error of the sampler ends all ranks
+        return broadcast_object_list([drawn])[0]
 
     def _share(self, totals: StepTotals) -> float:
         """What a step weighs in the loss of its epoch: nothing if it was skipped, or had no loss."""

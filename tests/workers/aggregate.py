@@ -1,7 +1,8 @@
 """
 A model of one weight whose gradient is the value of its batch, and what goes wrong on one rank.
 
-    aggregate.py OUT mean|sum|samples|contents|max_steps|frozen|"learning rate"|"not finite"|"an error on one rank"
+    aggregate.py OUT mean|sum|samples|contents|max_steps|frozen|"learning rate"|"not finite"|"an error on one rank"|
+        "an error of the sampler"
 """
 
 import json
@@ -60,12 +61,26 @@ def main() -> None:
         before = model.weight.item()
 
     trainer.callbacks.append(note)
-    stats = trainer.train_epoch(DataLoader(rows_of_rank(topology().rank), batch_size=1), max_steps_of_rank())
+    stats = trainer.train_epoch(loader(), max_steps_of_rank())
     buffers = channel().gather("buffers", model.seen.item())
     counts = [rank.num_samples for rank in stats.ranks]
     if topology().rank == 0:
         found = {"gradients": gradients, "rank_batches": counts, "buffers": buffers}
         (Path(sys.argv[1]) / "result.json").write_text(json.dumps(found))
+
+
+def loader() -> DataLoader:
+    if what == "an error of the sampler":
+        return DataLoader(torch.ones(5, 1), batch_size=1, sampler=BrokenSampler())
+    return DataLoader(rows_of_rank(topology().rank), batch_size=1)
+
+
+class BrokenSampler:
+    def __len__(self):
+        return 5
+
+    def __iter__(self):
+        raise RuntimeError("this sampler is broken")
 
 
 def rows_of_rank(rank: int):
