@@ -93,9 +93,11 @@ class Monitor(TrainerCallback):
         rows = [[getattr(reading, name) for name in _NUMBERS]]
         if topology().world_size > 1:  # float64 holds every count that can occur
             rows = gather(torch.tensor(rows, dtype=torch.float64, device=self._device)).tolist()
+        readings = [
+            {name: kind(value) for (name, kind), value in zip(_NUMBERS.items(), row, strict=True)} for row in rows
+        ]
         return [
-            RankReading(device=device, **{name: kind(value) for (name, kind), value in zip(_NUMBERS.items(), row)})
-            for device, row in zip(self._device_names, rows, strict=True)
+            RankReading(device=name, **of_rank) for name, of_rank in zip(self._device_names, readings, strict=True)
         ]
 
     def _add_memory(self, reading: RankReading) -> None:
