@@ -44,8 +44,8 @@ class UnslothPlugin:
             Attention kernel of rows of uneven length that run through PyTorch: `"varlen"` (one call for all rows),
             `"flash"`, `"cudnn"` or `"efficient"` while training; `"unchanged"` leaves PyTorch its choice.
         gradient_checkpointing (`str`, *optional*, defaults to `"auto"`):
-            `"none"` keeps activations, `"unsloth"` recomputes and offloads them. `"auto"` obeys a script that passes
-            `use_gradient_checkpointing` to `get_peft_model`, and else goes by the memory.
+            `"none"` keeps activations, `"unsloth"` recomputes and offloads them. `"auto"` keeps them where they fit: a
+            script's `use_gradient_checkpointing="unsloth"` or `True` means "save memory if needed", and `False` is obeyed.
         balance_tokens (`bool`, *optional*, defaults to `True`):
             Deal the samples of a step to ranks by their cost, so that no rank waits for another's long rows.
         micro_batch (`str`, *optional*, defaults to `"auto"`):
