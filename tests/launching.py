@@ -66,10 +66,10 @@ def warm_process() -> WarmProcess:
     return WarmProcess(clean_environment(), ROOT)
 
 
-def start(command: list[str], environment=None, folder: Path = ROOT) -> subprocess.Popen:
+def start(command: list[str], environment=None, folder: Path = ROOT, output=subprocess.PIPE) -> subprocess.Popen:
     process = subprocess.Popen(
         command,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         env=clean_environment(environment),

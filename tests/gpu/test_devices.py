@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,6 +21,8 @@ gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.de
 print(json.dumps([[g.name, [g.major, g.minor], "GPU-" + str(g.uuid)] for g in gpus]))
 """
 
+VISIBLE = [None, "0", "1,0", "0,99", "-1", "first uuid"]
+
 
 def ask(words, visible):
     """Run Python with other visible GPUs than this process, which sees none."""
@@ -35,13 +38,23 @@ def manager(visible):
     return DeviceManager(environment={} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
 
 
-@pytest.mark.parametrize("visible", [None, "0", "1,0", "0,99", "-1", "first uuid"])
-def test_nvml_and_cuda_show_the_same_gpus_in_the_same_order(visible):
-    if visible == "first uuid":
-        visible = manager(None).get_available_devices()[0].uuid
-    devices = manager(visible).get_available_devices()
+def named(visible):
+    return manager(None).get_available_devices()[0].uuid if visible == "first uuid" else visible
+
+
+@pytest.fixture(scope="module")
+def shown_by_cuda():
+    """What processes with different visible GPUs see, all asked at once because each of them imports PyTorch."""
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(lambda visible: ask(["-c", ASK_CUDA], named(visible)), VISIBLE)
+        return {visible: json.loads(process.stdout) for visible, process in zip(VISIBLE, done, strict=True)}
+
+
+@pytest.mark.parametrize("visible", VISIBLE)
+def test_nvml_and_cuda_show_the_same_gpus_in_the_same_order(visible, shown_by_cuda):
+    devices = manager(named(visible)).get_available_devices()
     found = [[device.name, list(device.compute_capability), device.uuid] for device in devices]
-    assert found == json.loads(ask(["-c", ASK_CUDA], visible).stdout)
+    assert found == shown_by_cuda[visible]
 
 
 def test_readings_are_sensible():

@@ -1,6 +1,6 @@
-"""Rows of uneven length through Unsloth's attention, one by one and in one call: the largest differences, as JSON."""
+"""Rows of uneven length through Unsloth's attention, one by one and in one call."""
 
-import json
+from unittest import mock
 
 from accelerate_unsloth.engines import loaded  # noqa: F401
 
@@ -45,19 +45,25 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).norm() / one.float().norm())
 
 
-if __name__ == "__main__":
-    calls = []
-    spare = kernels.spare_varlen()
-    kernels.spare_varlen = lambda: spare and (lambda *rows, **options: calls.append(1) or spare(*rows, **options))
-    found = {"spare": spare is not None}
-    for window in (None, 40):
-        one_by_one = run("flash", window)
-        before = len(calls)
-        together = run("varlen", window)
-        names = ("output", "queries", "keys", "values")
-        found[f"window {window}"] = {
-            "calls": len(calls) - before,
-            **{n: difference(a, b) for n, a, b in zip(names, one_by_one, together, strict=True)},
-        }
-    found["restored"] = dispatch._TORCH_VARLEN_ATTN is None
-    print(json.dumps(found))
+def compare(case):
+    """Relative differences of output and gradients between both ways, and how often PyTorch's kernel was called."""
+    calls, spare = [], kernels.spare_varlen()
+    if spare is None:
+        return {"spare": False}
+
+    def counted(*rows, **options):
+        calls.append(1)
+        return spare(*rows, **options)
+
+    found = {"spare": True}
+    with mock.patch.object(kernels, "spare_varlen", lambda: counted):
+        for window in (None, 40):
+            one_by_one = run("flash", window)
+            before = len(calls)
+            together = run("varlen", window)
+            names = ("output", "queries", "keys", "values")
+            found[f"window {window}"] = {
+                "calls": len(calls) - before,
+                **{n: difference(a, b) for n, a, b in zip(names, one_by_one, together, strict=True)},
+            }
+    return found | {"restored": dispatch._TORCH_VARLEN_ATTN is None}

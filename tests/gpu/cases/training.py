@@ -1,0 +1,145 @@
+"""Fine-tunes of small models: each case returns losses, gradient norms, and where memory was held."""
+
+import accelerate_unsloth
+from accelerate_unsloth import SFTConfig, SFTTrainer, UnslothPlugin
+
+# isort: split
+import datasets
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+STEPS = 20
+
+
+def load(case, model="real", loader="FastLanguageModel", load=None, lora=None):
+    """The model with its adapters, unless all of it is trained, and its tokenizer."""
+    loader, load = getattr(accelerate_unsloth, loader), {"load_in_4bit": False, "max_seq_length": 512} | (load or {})
+    loaded, tokenizer = loader.from_pretrained(case.material(model), **load)
+    if not load.get("full_finetuning"):
+        loaded = loader.get_peft_model(loaded, **{"r": 8, "random_state": 0} | (lora or {}))
+    return loaded, tokenizer
+
+
+def make_trainer(case, model, tokenizer, rows, args=None, plugin=None, callbacks=(), evaluated=None):
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    if not case.on_gpu:
+        arguments |= {"use_cpu": True, "bf16": False}
+    return SFTTrainer(
+        model,
+        SFTConfig(str(case.out / "run"), **arguments | (args or {})),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(15)) if evaluated is None else evaluated,
+        processing_class=tokenizer,
+        plugin=UnslothPlugin(**{"report": False} | (plugin or {})),
+        callbacks=list(callbacks),
+    )
+
+
+def rows_of(case, data="uneven"):
+    return datasets.Dataset.from_json(case.material(f"{data}.jsonl"), cache_dir=str(case.out / "json_cache"))
+
+
+def describe(trainer) -> dict:
+    """What training did, as tests compare it."""
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "losses": [entry["loss"] for entry in steps],
+        "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "gradient_sync": trainer.gradient_sync.mode,
+        "checkpointing": trainer.checkpointing.mode,
+        "checkpointing_reason": trainer.checkpointing.reason,
+        "micro_batch_reason": trainer.micro_batch.reason,
+    }
+
+
+def fine_tune(
+    case,
+    args=None,
+    plugin=None,
+    evaluate=False,
+    save=False,
+    measure=False,
+    resume=None,
+    fill_memory_of_rank=None,
+    **how,
+):
+    """
+    Train.
+
+    Args:
+        evaluate (`bool`): Whether to evaluate before and after, which is returned as `eval_losses`.
+        save (`bool`): Whether to write the adapter, and the merged model, into the case's folder.
+        measure (`bool`): Whether rank 0 writes how each trainable weight changed, to `change.safetensors`.
+        resume (`str`): A checkpoint, below the folder of all launches.
+        fill_memory_of_rank (`int`): A rank that runs short of GPU memory in the middle.
+        how: What [`load`] takes.
+    """
+    model, tokenizer = load(case, **how)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()} if measure else {}
+    callbacks = [FillMemory()] if fill_memory_of_rank == case.rank else []
+    trainer = make_trainer(case, model, tokenizer, rows_of(case), args, plugin, callbacks)
+    eval_losses = [trainer.evaluate()["eval_loss"]] if evaluate else []
+    trainer.train(resume_from_checkpoint=str(case.shared / resume) if resume else None)
+    if evaluate:
+        eval_losses.append(trainer.evaluate()["eval_loss"])
+    if measure and case.rank == 0:
+        change = {name: (trained[name].detach() - before[name]).float().cpu() for name in trained}
+        save_file(change, case.out / "change.safetensors")
+    if save:
+        trainer.save_model(str(case.out / "adapter"))
+        model.save_pretrained_merged(str(case.out / "merged"), tokenizer, save_method="merged_16bit")
+    devices = sorted({str(p.device) for p in model.parameters()})
+    held = processes_by_gpu() if case.on_gpu else []
+    return describe(trainer) | {"eval_losses": eval_losses, "devices": devices, "processes_by_gpu": held}
+
+
+def processes_by_gpu() -> list[int]:
+    """How many processes hold memory on each visible GPU, from NVML, whose process ids mean nothing inside a container."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    names = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
+    handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
+    return [len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) for handle in handles]
+
+
+class FillMemory(TrainerCallback):
+    """From the third step on, leave this rank a little more memory than half of what its step has needed."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and torch.cuda.is_available():
+            need = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            self.filling = torch.empty(max(free - int(0.6 * need), 0), dtype=torch.uint8, device="cuda")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.filling = None
+
+
+def change_a_frozen_weight(case, **how):
+    """Flip one bit of a frozen weight on rank 1, then flip it back: what the construction of a trainer says each time."""
+    model, tokenizer = load(case, **how)
+    name, weight = next((n, p) for n, p in model.named_parameters() if not p.requires_grad and "layers.0" in n)
+    bits = weight.data.view(torch.uint8).view(-1)[:1]
+    said = []
+    for _ in ("changed", "as before"):
+        if case.rank == 1:
+            bits ^= 1
+        try:
+            make_trainer(case, model, tokenizer, rows_of(case))
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return {"changed": name, "said": said}
