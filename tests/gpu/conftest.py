@@ -5,7 +5,8 @@ Fixtures of the GPU tests: real Unsloth, real kernels, NCCL. Needs pytest and py
     pytest tests/gpu -k "moe or frozen"       only the cases of these tests, in one launch per number of processes
     pytest tests/gpu -m "not multi_gpu"       what one GPU can run
 
-`make demo` once makes the model they use; MODEL names another, and without either it has random weights. What launches
+A launch that takes longer than LAUNCH_TIMEOUT_S (400 s) is ended, which fails the case it was in and those after it. Ctrl-C ends
+all launches and shows what is done. `make demo` once makes the model they use; MODEL names another, and without either it has random weights. What launches
 print is in `output.txt` below pytest's `--basetemp`. A test marked with `cases(two="moe")` reads what that case returned
 in the launch of that name, see `cases/__init__.py`.
 """

@@ -24,7 +24,7 @@ from . import cases
 from .materials import Materials
 
 # Of all launches of a name together. Longer means that something hangs.
-TIMEOUT_S = 420
+TIMEOUT_S = float(os.environ.get("LAUNCH_TIMEOUT_S", 400))
 # A rank that failed alone waits so long for the others, which may still compile.
 PATIENCE_S = 60
 
@@ -71,6 +71,7 @@ class Suite:
 
     def __init__(self, folder: Path, wanted: dict[str, list[str]], gpus: list[str], config: str = "unsloth_ddp"):
         self.folder, self.wanted, self.seconds, self._config = folder, wanted, {}, config
+        self._running, self._is_stopped = [], False
         last = ["one", "margin"]
         phases = [["two"], last] if len(gpus) > 1 else [[name] for name in last]
         self._phases = [[name for name in phase if wanted.get(name)] for phase in phases]
@@ -113,7 +114,13 @@ class Suite:
         for name in names:
             self._materials.wait_for(cases.materials_of(name, self.wanted[name]))
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self._run, names))
+            try:
+                list(pool.map(self._run, names))
+            except BaseException:  # Ctrl-C: the pool would wait for the launches
+                self._is_stopped = True
+                for process in self._running:
+                    end_all(process)
+                raise
         self._phases.pop(0)
 
     def _run(self, name: str) -> None:
@@ -124,6 +131,8 @@ class Suite:
 
     def _launch(self, name: str, plan: Path, deadline: float) -> str:
         """Run `run_cases.py` on the GPUs of this launch, with its output in a file, which a time-out leaves."""
+        if self._is_stopped:
+            return "stopped"
         processes, log = cases.PROCESSES[name], plan.with_name("output.txt")
         launcher = configs.launcher(self._config, processes) if processes > 1 else []
         environment = {
@@ -137,10 +146,11 @@ class Suite:
         with log.open("a") as output:
             before = log.stat().st_size
             process = start(command, environment, output=output)
+            self._running.append(process)
             try:
                 process.wait(max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                output.write(f"\nno end after {TIMEOUT_S} s\n")
+                output.write(f"\nno end after {TIMEOUT_S:.0f} s\n")
             finally:
                 end_all(process)
         return log.read_text(errors="replace")[before:]

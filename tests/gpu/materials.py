@@ -7,6 +7,7 @@ Each name is printed when it is made. `real` is a link to the folder in MODEL or
 without either it is a Llama of the same size with random weights.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -60,11 +61,22 @@ def make(name: str, folder: Path) -> None:
     elif name == "long":
         workload.make_data(folder / "long.jsonl", samples=256)
     elif name == "uneven":
-        from .. import tiny
-
-        tiny.make_data(folder / "uneven.jsonl", samples=90)
+        split_into_prompts(workload.make_data(folder / "uneven.jsonl", samples=90, mean_log=5.0))
     else:
         {"moe": make_moe, "vision": make_vision}[name](folder / name, folder / "real")
+
+
+def split_into_prompts(file: Path) -> None:
+    """
+    Make a prompt of a half, a third or a quarter of each text, and a completion of the rest.
+
+    Texts of a few words only would do for speed, but not for comparisons: a step with a handful of tokens that a model has
+    never seen has a gradient so steep that rounding alone moves the loss by 1%.
+    """
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    cut = [(text, len(text) // (2 + number % 3)) for number, text in enumerate(texts)]
+    rows = [{"prompt": text[:at], "completion": text[at:]} for text, at in cut]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_moe(folder: Path, tokenizer_folder: Path) -> None:

@@ -6,9 +6,9 @@ from .comparing import CHANGE_OF_WEIGHTS, assert_same_training, difference_of_ch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu, pytest.mark.launch]
 
-# How far the merged model's logits may be from the adapter's, of what training changed: weights rounded to 16 bits gave 0.2 on a
-# CPU, and an adapter that is not merged at all gives 1.
-MERGING = 0.5
+# How far the merged model's logits may be from the adapter's, of what training changed: weights rounded to 16 bits gave
+# 0.06 on a CPU, and an adapter that is not merged at all gives 1.
+MERGING = 0.3
 
 
 def each(launch, *names):

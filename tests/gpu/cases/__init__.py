@@ -5,11 +5,12 @@ The table is plain data, because pytest reads it without importing PyTorch. A ca
 its options; `model` and `data` name what `tests/gpu/materials.py` makes. `tests/workers/run_cases.py` runs them in this order.
 """
 
-# More samples in a step than elsewhere, so that no step has but a handful of tokens, whose loss is sensitive to rounding.
+# For comparisons of losses: a step of few tokens is sensitive to rounding.
 _LARGE_STEPS = {"per_device_train_batch_size": 4}
 _LORA = {"measure": True}
 _EMBEDDING = ["q_proj", "v_proj", "embed_tokens"]
-_PRESSED = {"per_device_train_batch_size": 8, "max_steps": 8}
+# Samples of similar length, so that each step on a rank needs more than the half of the largest.
+_PRESSED = {"per_device_train_batch_size": 8, "max_steps": 8, "max_length": 128}
 # A change of weights beyond the rounding of merged ones.
 _CHECKPOINTS = _LARGE_STEPS | {"save_strategy": "steps", "save_steps": 10, "learning_rate": 3e-4}
 _FROM_TEN = "two/life/run/checkpoint-10"

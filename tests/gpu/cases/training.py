@@ -40,7 +40,7 @@ def make_trainer(case, model, tokenizer, rows, args=None, plugin=None, callbacks
         train_dataset=rows,
         eval_dataset=rows.select(range(15)) if evaluated is None else evaluated,
         processing_class=tokenizer,
-        plugin=UnslothPlugin(**{"report": False} | (plugin or {})),
+        plugin=UnslothPlugin(**plugin or {}),
         callbacks=list(callbacks),
     )
 
@@ -115,14 +115,14 @@ def processes_by_gpu() -> list[int]:
 
 
 class FillMemory(TrainerCallback):
-    """From the third step on, leave this rank a little more memory than half of what its step has needed."""
+    """From the third step on, leave this rank less than half of the memory that the probe and its steps have needed."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2 and torch.cuda.is_available():
             need = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info()
-            self.filling = torch.empty(max(free - int(0.6 * need), 0), dtype=torch.uint8, device="cuda")
+            self.filling = torch.empty(max(free - int(0.45 * need), 0), dtype=torch.uint8, device="cuda")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.filling = None
