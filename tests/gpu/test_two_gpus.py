@@ -2,7 +2,7 @@
 
 import pytest
 
-from .comparing import CHANGE_OF_WEIGHTS, assert_same_training, difference_of_changes
+from .comparing import BF16_ROUNDING, CHANGE_OF_WEIGHTS, assert_same_training, difference_of_changes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu, pytest.mark.launch]
 
@@ -65,6 +65,13 @@ def test_a_rank_short_of_memory_cuts_its_micro_batches_with_the_same_losses(outc
 def test_experts_that_are_skipped_and_a_tower_without_images_train(name, outcome):
     losses = outcome("two", name)["losses"]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.cases(one="moe-balanced", two="moe-balanced")
+def test_the_balancing_loss_of_experts_is_that_of_the_whole_step(outcome):
+    one, two = outcome("one", "moe-balanced"), outcome("two", "moe-balanced")
+    assert_same_training(one, two)
+    assert two["aux_losses"] == pytest.approx(one["aux_losses"], rel=BF16_ROUNDING)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ _PRESSED = {"per_device_train_batch_size": 8, "max_steps": 8, "max_length": 128}
 # A change of weights beyond the rounding of merged ones.
 _CHECKPOINTS = _LARGE_STEPS | {"save_strategy": "steps", "save_steps": 10, "learning_rate": 3e-4}
 _FROM_TEN = "two/life/run/checkpoint-10"
+_BALANCED = {"router_aux_loss_coef": 0.1}
 _TWO_MICRO_STEPS = {"gradient_accumulation_steps": 2}
 
 CASES: dict[str, dict[str, tuple[str, dict]]] = {
@@ -34,6 +35,7 @@ CASES: dict[str, dict[str, tuple[str, dict]]] = {
         "free": ("training:fine_tune", {"args": _PRESSED}),
         "pressed": ("training:fine_tune", {"args": _PRESSED, "fill_memory_of_rank": 1}),
         "moe": ("training:fine_tune", {"model": "moe"}),
+        "moe-balanced": ("training:fine_tune", {"model": "moe", "args": _LARGE_STEPS | _BALANCED}),
         # Last, because `FastModel`, which also loads full fine-tunes, replaces a model's classes for good.
         "vision": (
             "training:fine_tune",
@@ -51,6 +53,10 @@ CASES: dict[str, dict[str, tuple[str, dict]]] = {
             _LORA | {"args": _LARGE_STEPS | _TWO_MICRO_STEPS, "load": {"load_in_4bit": True}},
         ),
         "life-resumed": ("training:fine_tune", {"args": _CHECKPOINTS | _TWO_MICRO_STEPS, "resume": _FROM_TEN}),
+        "moe-balanced": (
+            "training:fine_tune",
+            {"model": "moe", "args": _LARGE_STEPS | _TWO_MICRO_STEPS | _BALANCED},
+        ),
     },
     # One process, which has the last GPU for itself but for the neighbours that cases start.
     "margin": {

@@ -55,6 +55,7 @@ def describe(trainer) -> dict:
     return {
         "losses": [entry["loss"] for entry in steps],
         "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "aux_losses": [entry.get("aux_loss") for entry in steps],
         "gradient_sync": trainer.gradient_sync.mode,
         "checkpointing": trainer.checkpointing.mode,
         "checkpointing_reason": trainer.checkpointing.reason,
