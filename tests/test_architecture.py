@@ -32,6 +32,8 @@ ROOMS = [
     "saving",
 ]
 ROOMS += [
+    "staging",
+    "stock_checkpoints",
     "checkpoints",
     "stopping",
     "watchdog",

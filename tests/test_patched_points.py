@@ -32,6 +32,8 @@ POINTS = {
     "transformers:Trainer._load_best_model": ["self"],
     "peft:PeftModel.load_adapter": ["self", "model_id", "adapter_name", "torch_device"],
     "transformers:Trainer._save_checkpoint": ["self", "model", "trial"],
+    "transformers:Trainer._finalize_training": ["self", "trial", "num_train_samples", "start_time"],
+    "transformers.trainer:sort_checkpoints": ["output_dir", "best_model_checkpoint"],
     "transformers:Trainer._evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
     "transformers:Trainer._get_output_dir": ["self", "trial"],
     "transformers:Trainer._push_from_checkpoint": ["self", "checkpoint_folder"],

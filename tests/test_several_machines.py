@@ -93,3 +93,32 @@ def test_a_machine_that_is_lost_ends_the_other_and_both_go_on_when_they_are_star
     assert result(tmp_path)["losses"] == result(whole)["losses"]
     one, other = (load_file(folder / "weights0.safetensors") for folder in (whole, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+LOOP_SAVES = 20  # of workers/late_clear.py
+LOOP_FILES = {"trained.safetensors", "optimizer.pt", "trainer_state.json"}
+TRAINER_FILES = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+
+
+@pytest.mark.parametrize("share_a_disk", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_machine_that_clears_late_takes_nothing_from_a_checkpoint(share_a_disk, tiny_model, uneven_data, tmp_path):
+    machines = [tmp_path / "one", tmp_path / ("one" if share_a_disk else "other")]
+    for folder in (tmp_path / "turns", *machines):
+        folder.mkdir(exist_ok=True)
+        (folder / "out").mkdir(exist_ok=True)
+    arguments = [tiny_model, uneven_data, "out", tmp_path / "turns"]
+    environments = [{"HF_HOME": str(folder / "cache")} for folder in machines]
+    finished = launch_two_machines(WORKERS / "late_clear.py", arguments, environments, folders=machines)
+    assert [m.status for m in finished] == [0, 0], "".join(m.output[-3000:] for m in finished)
+
+    out = machines[0] / "out"
+    assert json.loads((out / "clears0.json").read_text()) == LOOP_SAVES + 6
+    saved = [(out / "loop" / str(number), LOOP_FILES, "random_rank{}.pt") for number in range(LOOP_SAVES)]
+    saved += [(out / "run" / f"checkpoint-{step}", TRAINER_FILES, "rng_state_{}.pth") for step in range(1, 7)]
+    for checkpoint, files, random_states in saved:
+        assert checkpoints.damage(checkpoint) is None
+        written = {file.name for file in checkpoint.iterdir()}
+        assert files <= written, checkpoint
+        held = [rank for rank in range(4) if random_states.format(rank) in written]
+        assert held == ([0, 1, 2, 3] if share_a_disk else [0, 1]), checkpoint
+    assert share_a_disk or not list(machines[1].glob("out/*/checkpoint-*"))

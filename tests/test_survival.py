@@ -313,3 +313,35 @@ def test_a_disk_that_takes_no_more_leaves_earlier_checkpoints_and_says_so_once(
     newest, passed_over = checkpoints.newest_complete(tmp_path / "run")
     assert newest == tmp_path / "run" / "checkpoint-2"
     assert passed_over == []
+
+
+@pytest.mark.parametrize(
+    ("what", "rank", "error"),
+    [
+        ("type_error_in_a_checkpoint", 0, 'TypeError: can only concatenate str (not "int") to str'),
+        ("type_error_on_save", 1, "TypeError: a callback of a user is wrong"),
+    ],
+)
+def test_a_users_own_error_while_saving_stays_what_it_is_and_ends_all(
+    what, rank, error, tiny_model, uneven_data, tmp_path
+):
+    options = {"args": SAVING, "provoke": {"what": what, "rank": rank, "step": 3}}
+    finished = start(tmp_path, tiny_model, uneven_data, **options)
+    assert finished.status != 0
+    assert finished.output.count(error) == 1, finished.output[-3000:]
+    assert "Free some space" not in finished.output
+
+
+def test_a_signal_keeps_the_newest_checkpoint_beside_the_best_though_the_limit_is_one(
+    tiny_model, uneven_data, tmp_path
+):
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    provoke = {"what": "interrupt", "rank": 0, "step": 3}
+    finished = start(
+        tmp_path, tiny_model, uneven_data, processes=1, args=SAVING | best, evaluate=True, provoke=provoke
+    )
+    step = int(re.search(r"Stopped by a signal after step (\d+)", finished.output)[1])
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        f"checkpoint-{step}",
+    ]

@@ -1,4 +1,4 @@
-"""What a loop of one's own saves and goes on from: trained weights, optimizer, schedule, dice, and its place in the epoch."""
+"""What a custom loop saves and resumes from: trained weights, optimizer, schedule, RNG states, and its place in the epoch."""
 
 import functools
 import json
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .. import checkpoints, saving
+from .. import checkpoints, saving, staging
 from ..buffers import kept_buffers
 from ..channel import channel
 from ..policies.aggregation import AggregationMethod
 
 _WEIGHTS, _MOVING, _STATE = "trained.safetensors", "optimizer.pt", "trainer_state.json"
 _POSITION = ("epoch", "step_in_epoch", "global_step", "num_tokens", "epoch_facts")
-_ORDER = "order.json"
+_ORDER, _RANDOM_STATES = "order.json", "random_rank{rank}.pt"
 
 
 def save(trainer, folder: Path) -> Path:
@@ -30,42 +30,42 @@ def save(trainer, folder: Path) -> Path:
         folder (`Path`): Its place.
 
     Raises:
-        OSError: if it cannot be written, or the folder holds something else; what was there is as it was.
+        OSError: if it cannot be written, a file of it is lost, or the folder holds something else; what was there is as it was.
     """
-    staging = folder.parent / checkpoints.STAGING / folder.name
-    channel().run_on_local_main("clear", functools.partial(_make_empty, staging))
-    torch.save(_dice(), staging / f"random_rank{trainer.place.rank}.pt")
-    channel().gather("dice", True)
-    saving.write_once("checkpoint", functools.partial(_write, trainer, staging, folder))
+    # A folder for this checkpoint alone: another training may be writing its own beside it.
+    root = folder.parent / f"{checkpoints.STAGING}-{folder.name}"
+    written, random_states = root / folder.name, _RANDOM_STATES.format(rank=trainer.place.rank)
+    shares_disk = staging.prepare(root)
+    written.mkdir(exist_ok=True)
+    torch.save(_random_states(), written / random_states)
+    required = staging.gather_required([random_states], shares_disk)
+    saving.write_once("checkpoint", functools.partial(_publish, trainer, written, folder, required))
     return folder
 
 
-def _make_empty(staging: Path) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-
-
-def _write(trainer, staging: Path, folder: Path) -> None:
+def _publish(trainer, written: Path, folder: Path, required: list[str]) -> None:
     if not checkpoints.may_replace(folder):
         raise FileExistsError(f"{folder} holds files that are no checkpoint. Name a folder that is new or empty.")
-    save_file(_trained(trainer.model), staging / _WEIGHTS)
-    torch.save({name: part.state_dict() for name, part in _moving(trainer).items()}, staging / _MOVING)
-    (staging / _STATE).write_text(json.dumps(_described(trainer) | _position(trainer), indent=1))
+    save_file(_trained(trainer.model), written / _WEIGHTS)
+    torch.save({name: part.state_dict() for name, part in _moving(trainer).items()}, written / _MOVING)
+    (written / _STATE).write_text(json.dumps(_described(trainer) | _position(trainer), indent=1))
+    required = [*required, _WEIGHTS, _MOVING, _STATE]
     if trainer.step_in_epoch and trainer.epoch_order is not None:
-        (staging / _ORDER).write_text(json.dumps(trainer.epoch_order))
-    saving.follow_umask(staging)
-    checkpoints.publish(staging, folder)
-    shutil.rmtree(staging.parent, ignore_errors=True)
+        (written / _ORDER).write_text(json.dumps(trainer.epoch_order))
+        required.append(_ORDER)
+    saving.follow_umask(written)
+    checkpoints.publish(written, folder, required)
+    shutil.rmtree(written.parent, ignore_errors=True)
 
 
 def load(trainer, folder: Path) -> None:
     """
-    Go on from a checkpoint.
+    Go on from a checkpoint; all ranks come here together.
 
     Raises:
         ValueError: if it is damaged, or of another training.
     """
-    wrong = checkpoints.damage(folder)
+    wrong = _damage_on_any_machine(folder)
     if wrong is not None:
         raise ValueError(f"{folder} is not a complete checkpoint: {wrong}. Name another one.")
     state = json.loads((folder / _STATE).read_text())
@@ -81,9 +81,19 @@ def load(trainer, folder: Path) -> None:
         setattr(trainer, name, state[name])
     order = folder / _ORDER
     trainer.epoch_order = json.loads(order.read_text()) if order.exists() else None
-    dice = folder / f"random_rank{trainer.place.rank}.pt"
-    if dice.exists():  # a rank more than there were begins with dice of its own
-        _throw(torch.load(dice, weights_only=True))
+    random_states = folder / _RANDOM_STATES.format(rank=trainer.place.rank)
+    # The manifest names those of all ranks that saved to this disk, so none of them is lost. A rank beyond begins with its own.
+    if random_states.exists():
+        _restore_random_states(torch.load(random_states, weights_only=True))
+
+
+def _damage_on_any_machine(folder: Path) -> str | None:
+    """Let one process of each machine read the files, and return the same on all ranks."""
+    here = channel().run_on_local_main("damage", functools.partial(checkpoints.damage, folder))
+    for rank, wrong in enumerate(channel().gather("damage", here)):
+        if wrong is not None:
+            return f"{wrong} (on the machine of rank {rank})" if rank else wrong
+    return None
 
 
 def changed(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -130,8 +140,8 @@ def _restore_weights(model: torch.nn.Module, saved: dict[str, torch.Tensor]) -> 
             tensor.copy_(saved[name])
 
 
-def _dice() -> dict[str, Any]:
-    """The states of the generators that a forward may use, of types that are loaded without unpickling code."""
+def _random_states() -> dict[str, Any]:
+    """Return the states of the generators that a forward may use, in types that are loaded without unpickling code."""
     name, keys, *rest = np.random.get_state()
     states = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -139,7 +149,7 @@ def _dice() -> dict[str, Any]:
     return states
 
 
-def _throw(states: dict[str, Any]) -> None:
+def _restore_random_states(states: dict[str, Any]) -> None:
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     name, keys, *rest = states["numpy"]

@@ -1,16 +1,20 @@
 """The Trainer's checkpoints, written by several processes and complete or invisible; resume from the newest."""
 
 import functools
+import json
+import math
 import shutil
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+import transformers.trainer
 from peft import PeftModel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, sort_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .. import checkpoints, saving
-from ..channel import PeerFailure, channel
+from .. import checkpoints, saving, staging, stock_checkpoints
+from ..channel import channel
 from ..ledger import Ledger
 
 logger = logging.get_logger(__name__)
@@ -20,6 +24,7 @@ class CheckpointMixin:
     """Saving and resuming, for [`DistributedTrainerMixin`]."""
 
     _staging: Path | None = None
+    _run: str | None = None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
@@ -38,7 +43,14 @@ class CheckpointMixin:
             resume_from_checkpoint = found
         if resume_from_checkpoint:  # False is as None, as with the Trainer
             self._check_effective_batch(Path(resume_from_checkpoint))
+        self._run = self._run_resumed_from(resume_from_checkpoint) or self._run or uuid.uuid4().hex
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_resumed_from(self, checkpoint: str | None) -> str | None:
+        """Return the id of the run that goes on in its own `output_dir`, whose checkpoints `save_total_limit` counts."""
+        if not checkpoint or Path(checkpoint).resolve().parent != Path(self.args.output_dir).resolve():
+            return None
+        return checkpoints.run_of(Path(checkpoint))
 
     def _newest_checkpoint(self) -> str | None:
         """
@@ -76,8 +88,13 @@ class CheckpointMixin:
         Raises:
             ValueError: if they are not, and `ignore_data_skip` does not say that it does not matter.
         """
-        saved = checkpoints.read_facts(checkpoint).get("effective_batch", self.effective_batch)
-        if saved == self.effective_batch or self.args.ignore_data_skip:
+        if self.args.ignore_data_skip:
+            return
+        saved = checkpoints.read_facts(checkpoint).get("effective_batch")
+        if saved is None:
+            self._compare_steps_of_epoch(checkpoint)
+            return
+        if saved == self.effective_batch:
             return
         accumulation, rest = divmod(saved, self.effective_batch // self.args.gradient_accumulation_steps)
         keep = f"gradient_accumulation_steps={accumulation}"
@@ -88,6 +105,25 @@ class CheckpointMixin:
             f"{self.effective_batch}: samples would be lost or repeated. Choose {keep} so that per-device batch x accumulation x "
             "processes is as before, or set ignore_data_skip=True to begin the epoch anew."
         )
+
+    def _compare_steps_of_epoch(self, checkpoint: Path) -> None:
+        """
+        Warn if a checkpoint of the stock Trainer counts its place in other steps than this launch.
+
+        It does not hold its effective batch, only its step and how many epochs that is.
+        """
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        if not state.get("epoch") or not hasattr(self.train_dataset, "__len__"):
+            return
+        saved = math.ceil(round(state["global_step"] / state["epoch"], 6))  # the last step of an epoch may be smaller
+        here = math.ceil(len(self.train_dataset) / self.effective_batch)
+        may_differ = 1 if self.args.dataloader_drop_last else 0
+        if abs(saved - here) > may_differ and self.is_world_process_zero():
+            logger.warning(
+                f"{checkpoint} was written with {saved} steps an epoch, and this launch takes {here}, with an effective batch of "
+                f"{self.effective_batch} samples: samples are lost or repeated in this epoch. Keep per-device batch x accumulation "
+                "x processes as it was, or set ignore_data_skip=True to begin the epoch anew."
+            )
 
     def _load_from_checkpoint(self, *args, **kwargs):
         with self._adapters_loaded_here():
@@ -114,16 +150,15 @@ class CheckpointMixin:
         self._check_weights_are_equal()
         self._staging = run_folder / checkpoints.STAGING
         try:
-            # Leftovers of a run that was killed; every rank writes its random states, so all wait for the clearing.
-            channel().run_on_local_main("clear", functools.partial(shutil.rmtree, self._staging, ignore_errors=True))
+            shares_disk = staging.prepare(self._staging)
             super()._save_checkpoint(model, trial)
-            channel().gather("checkpoint", True)
-            saving.write_once("publish", functools.partial(self._publish, run_folder, name))
+            required = staging.gather_required(self._random_states_names(), shares_disk)
+            saving.write_once("publish", functools.partial(self._publish, run_folder, name, required))
             # Only the rank that publishes knows the name under which the best checkpoint lies now.
             self.state.best_model_checkpoint = channel().gather("best", self.state.best_model_checkpoint)[0]
-        except PeerFailure:
-            raise
-        except Exception as error:  # OSError, or what safetensors and torch.save make of it
+        except Exception as error:
+            if not checkpoints.has_disk_refused(error):
+                raise
             raise OSError(
                 f"{name} could not be written to {run_folder} ({error}). Earlier checkpoints are as they were. Free "
                 "some space or choose another output_dir, and resume with resume_from_checkpoint='auto'."
@@ -134,16 +169,46 @@ class CheckpointMixin:
             push = functools.partial(super()._push_from_checkpoint, str(run_folder / name))
             saving.write_once("push", push)
 
-    def _publish(self, run_folder: Path, name: str) -> None:
+    def _random_states_names(self) -> list[str]:
+        """Return what the Trainer calls the random states of this rank."""
+        if self.args.save_only_model:
+            return []
+        return [f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"]
+
+    def _names_of_main(self, written: Path) -> list[str]:
+        """Return the files that rank 0 has to have written, beside its random states."""
+        names = [TRAINER_STATE_NAME, *(stock_checkpoints.weights(written) or [SAFE_WEIGHTS_NAME])]
+        if not self.args.save_only_model:
+            names += [OPTIMIZER_NAME, SCHEDULER_NAME]
+            names += [] if self.accelerator.scaler is None else [SCALER_NAME]
+        return names
+
+    def _publish(self, run_folder: Path, name: str, required: list[str]) -> None:
         written = self._staging / name
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(run_folder / name)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        checkpoints.write_facts(written, {"effective_batch": self.effective_batch})
-        checkpoints.publish(written, run_folder / name)
+        checkpoints.write_facts(written, {"effective_batch": self.effective_batch, "run": self._run})
+        checkpoints.publish(written, run_folder / name, [*required, *self._names_of_main(written)])
         shutil.rmtree(self._staging, ignore_errors=True)
         keep = {run_folder / name, Path(self.state.best_model_checkpoint or run_folder / name)}
-        checkpoints.rotate(run_folder, self.args.save_total_limit, keep)
+        checkpoints.rotate(run_folder, self.args.save_total_limit, keep, self._run)
+
+    def _finalize_training(self, *args, **kwargs):
+        """
+        As the Trainer's, which with `save_total_limit=1` leaves only the best checkpoint at the end: of those of this run, and
+        not after a signal, when the newest is the one to resume from.
+        """
+        patches = Ledger()
+        patches.patch(transformers.trainer, "sort_checkpoints", self._sort_own_checkpoints)
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            patches.undo()
+
+    def _sort_own_checkpoints(self, *args, **kwargs) -> list[str]:
+        found = [] if self.was_stopped else sort_checkpoints(*args, **kwargs)
+        return [path for path in found if checkpoints.run_of(Path(path)) == self._run]
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

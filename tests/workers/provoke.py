@@ -33,6 +33,10 @@ class Provoke(TrainerCallback):
             self.hook.remove()
         raise torch.OutOfMemoryError("CUDA out of memory. Provoked by a test")
 
+    def on_save(self, args, state, control, **kwargs):
+        if self.here and self.what == "type_error_on_save" and state.global_step > self.step:
+            raise TypeError("a callback of a user is wrong")
+
     def on_prediction_step(self, args, state, control, **kwargs):
         if self.here and self.what == "kill_in_evaluation" and state.global_step >= self.step:
             self.kill()
@@ -46,7 +50,7 @@ class Provoke(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.here and self.first_attempt and state.global_step == self.step:
             self.weights = [p for p in kwargs["model"].parameters() if p.requires_grad]
-            self.folder = args.output_dir
+            self.folder, self.optimizer = args.output_dir, kwargs["optimizer"]
             getattr(self, self.what)()
         if hasattr(self, "hook"):
             self.hook.remove()
@@ -76,6 +80,13 @@ class Provoke(TrainerCallback):
     def full_disk(self):
         """No file of this process may grow beyond 4 KiB from now on."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+    def type_error_on_save(self):
+        """Provoked by `on_save`."""
+
+    def type_error_in_a_checkpoint(self):
+        """An optimizer of a user cannot say its state."""
+        self.optimizer.state_dict = lambda: "state" + 1
 
     def read_only_disk(self):
         """The output folder becomes read-only, in the mount namespace that the test made for the launch."""

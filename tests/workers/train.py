@@ -26,6 +26,20 @@ from accelerate_unsloth.policies import checkpointing
 from tests.stores import WatchedStore
 from tests.workers.provoke import Provoke
 
+ARGUMENTS = {
+    "per_device_train_batch_size": 1,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "seed": 3,
+}
+
 
 def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     out = Path(out)
@@ -39,22 +53,9 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     evaluation = rows.select(range(7)) if options.get("evaluate") else None
     rows = rows.to_iterable_dataset() if options.get("stream") else rows
     maps = count_mapped_rows()
-    arguments = {
-        "per_device_train_batch_size": 1,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
     trainer = SFTTrainer(
         model,
-        SFTConfig(str(out / "run"), **arguments | options.get("args", {})),
+        SFTConfig(str(out / "run"), **ARGUMENTS | options.get("args", {})),
         train_dataset=rows,
         eval_dataset=evaluation,
         tokenizer=tokenizer,  # the old spelling, which Unsloth scripts use
@@ -80,7 +81,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "losses": [entry["loss"] for entry in history],
         "learning_rates": [entry["learning_rate"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
-        "num_tokens": [entry["num_tokens"] for entry in history],
+        "num_tokens": [entry.get("num_tokens") for entry in history],
         "gradient_sync": trainer.gradient_sync.mode,
         "micro_batch_tokens": trainer.micro_batch.token_budget,
         "samples_dealt": "balanced" if trainer.balances_tokens else "planned",
