@@ -13,7 +13,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-STATE = "trainer_state.json"
+_STATE = "trainer_state.json"
 
 _ADAPTERS = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
@@ -49,10 +49,10 @@ def damage(checkpoint: Path) -> str | None:
     The Trainer writes its state last. So a checkpoint with a state is finished, unless a file was damaged afterwards.
     """
     try:
-        json.loads((checkpoint / STATE).read_text())
+        json.loads((checkpoint / _STATE).read_text())
         names = weights(checkpoint)
     except FileNotFoundError:
-        return f"it has no {STATE}, so it was not finished"
+        return f"it has no {_STATE}, so it was not finished"
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
     if not names:

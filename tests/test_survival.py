@@ -69,10 +69,13 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
 def test_the_launchers_own_restart_goes_on_from_the_last_checkpoint(tiny_model, uneven_data, tmp_path):
-    options = {"args": SAVING, "resume": "auto", "provoke": {"what": "kill", "step": 5}}
+    arguments = SAVING | {"save_total_limit": 1}
+    options = {"args": arguments, "resume": "auto", "provoke": {"what": "kill", "step": 5}}
     finished = start(tmp_path, tiny_model, uneven_data, launcher=["--max_restarts", "1"], **options)
     assert finished.status == 0, finished.output[-3000:]
     assert len(result(tmp_path)["losses"]) == 12
+    # Both attempts are one run to `save_total_limit`.
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-12"]
     assert checkpoints.damage(tmp_path / "run" / "checkpoint-12") is None
 
 

@@ -28,7 +28,8 @@ class CheckpointMixin:
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        As the Trainer's, and `resume_from_checkpoint="auto"` goes on from the newest complete checkpoint if there is one.
+        As the Trainer's, and `resume_from_checkpoint="auto"` goes on from the newest complete checkpoint if there is one,
+        whether this trainer or the stock one wrote it.
 
         Raises:
             ValueError: for `resume_from_checkpoint=True` without a complete checkpoint.
@@ -112,7 +113,8 @@ class CheckpointMixin:
 
         It does not hold its effective batch, only its step and how many epochs that is.
         """
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        file = checkpoint / TRAINER_STATE_NAME
+        state = json.loads(file.read_text()) if file.is_file() else {}
         if not state.get("epoch") or not hasattr(self.train_dataset, "__len__"):
             return
         saved = math.ceil(round(state["global_step"] / state["epoch"], 6))  # the last step of an epoch may be smaller
