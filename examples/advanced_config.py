@@ -1,25 +1,34 @@
 """
 Options from what the machine has: read the GPUs, work the options out, change one by hand, keep them in a file.
 
-    accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/advanced_config.py MODEL OUT
+    python examples/advanced_config.py
+    accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/advanced_config.py
+    torchrun --nproc_per_node=2 examples/advanced_config.py
 
-MODEL is a hub id or folder, and OUT takes the adapter and the options. Without GPUs it is a dry run with transformers and
-PEFT; launch it with `unsloth_ddp_cpu`. `python examples/demo/make_model.py .demo/model` makes a small model.
+MODEL (hub id or folder) and OUT (folder of the adapter and the options) may follow. By default the demo's model is
+trained, and made when it is missing. Without GPUs this is a dry run with transformers and PEFT; `accelerate launch`
+then takes `unsloth_ddp_cpu`.
 """
 
-import sys
+from _arguments import read_arguments
+
+model_name, output_dir = read_arguments(__doc__)
+
+# isort: split
 from dataclasses import replace
-from pathlib import Path
 
 from accelerate_unsloth import ConfigManager, DeviceManager, enable_multi_gpu, get_multi_gpu_status
 
-model_name, output_dir = sys.argv[1], Path(sys.argv[2])
 devices = DeviceManager()
 manager = ConfigManager(devices)
+processes = get_multi_gpu_status()["world_size"]  # of this launch; 1 without a launcher
 if devices.get_available_devices():
-    config = manager.get_optimal_config(model_name, max_seq_length=128, load_in_4bit=False, r=8, optim="adamw_torch")
+    config = manager.get_optimal_config(
+        model_name, num_gpus=processes, max_seq_length=128, load_in_4bit=False, r=8, optim="adamw_torch"
+    )
 else:
     config = manager.templates()["cpu_dry_run"]
+    config["num_gpus"], config.assumptions["processes"] = processes, f"{processes} on the CPU"
 config["plugin"] = replace(config["plugin"], watchdog_timeout_s=600)  # any option of UnslothPlugin
 enable_multi_gpu(**config)
 

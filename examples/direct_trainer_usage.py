@@ -1,15 +1,20 @@
 """
-A training loop of one's own on all GPUs: the model, its loss and the DataLoader are plain PyTorch.
+A custom training loop on all GPUs: the model, its loss and the DataLoader are plain PyTorch.
 
-    accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/direct_trainer_usage.py MODEL OUT
+    python examples/direct_trainer_usage.py
+    accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/direct_trainer_usage.py
+    torchrun --nproc_per_node=2 examples/direct_trainer_usage.py
 
-MODEL is a hub id or folder, and OUT takes the adapter and a checkpoint. Without GPUs it is a dry run with transformers and
-PEFT; launch it with `unsloth_ddp_cpu`. `python examples/demo/make_model.py .demo/model` makes a small model.
+MODEL (hub id or folder) and OUT (folder of the adapter and a checkpoint) may follow. By default the demo's model is
+trained, and made when it is missing. Without GPUs this is a dry run with transformers and PEFT; `accelerate launch`
+then takes `unsloth_ddp_cpu`.
 """
 
-import sys
-from pathlib import Path
+from _arguments import read_arguments
 
+model_name, output_dir = read_arguments(__doc__)
+
+# isort: split
 from accelerate_unsloth import AggregationMethod, FastLanguageModel, MultiGPUTrainer
 
 # isort: split
@@ -18,13 +23,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
-model_name, output_dir = sys.argv[1], Path(sys.argv[2])
 model, tokenizer = FastLanguageModel.from_pretrained(model_name, max_seq_length=128, load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
 
 texts = [f"{a} times {b} is {a * b}." for a in range(1, 9) for b in range(1, 5)]
 rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in tokenizer(texts)["input_ids"]])
-# Of the whole data set, on every rank: the trainer deals it out.
+# Of the whole data set, on every rank: the trainer assigns its samples to ranks.
 loader = DataLoader(rows, batch_size=2, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
 trainer = MultiGPUTrainer(
@@ -43,6 +47,7 @@ if trainer.accelerator.is_main_process:
     print(
         f"evaluation loss {before:.4f} before and {after:.4f} after {stats.num_steps} steps of {stats.num_tokens} tokens"
     )
-    print(f"{stats.tokens_per_second:.0f} tokens/s; token imbalance {stats.token_imbalance:.3f}")
+    print(f"{stats.tokens_per_second:.0f} tokens/s on {len(stats.ranks)} process(es)")
+    print(f"token imbalance {stats.token_imbalance:.3f}")
 trainer.save_checkpoint(output_dir / "checkpoint")
 model.save_pretrained(output_dir)

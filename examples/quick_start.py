@@ -1,24 +1,29 @@
 """
-An Unsloth script that stays as it is, on all GPUs: the first two lines of code are the only ones that are new.
+An Unsloth script that stays as it is, on all GPUs: only the import and call of `accelerate_unsloth` are new.
 
-    accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/quick_start.py MODEL OUT
+    python examples/quick_start.py
+    accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/quick_start.py
+    torchrun --nproc_per_node=2 examples/quick_start.py
 
-MODEL is a hub id or folder, and OUT takes the adapter. Without GPUs it is a dry run with transformers and PEFT; for two
-processes on the CPU launch with `unsloth_ddp_cpu`. `python examples/demo/make_model.py .demo/model` makes a small model.
+MODEL (hub id or folder) and OUT (folder of the adapter) may follow. By default the demo's model is trained, and made
+when it is missing. Without GPUs this is a dry run with transformers and PEFT; `accelerate launch` then takes
+`unsloth_ddp_cpu`.
 """
 
-import accelerate_unsloth
+from _arguments import read_arguments
 
-accelerate_unsloth.enable_multi_gpu()
+model_name, output_dir = read_arguments(__doc__)
 
 # isort: split
-import sys
+import accelerate_unsloth
 
+accelerate_unsloth.enable_multi_gpu()  # before unsloth and trl are imported
+
+# isort: split
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from unsloth import FastLanguageModel
 
-model_name, output_dir = sys.argv[1:3]
 model, tokenizer = FastLanguageModel.from_pretrained(model_name, max_seq_length=128, load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
 questions = [(a, b) for a in range(1, 9) for b in range(1, 5)]

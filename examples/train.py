@@ -129,4 +129,6 @@ def main(script: ScriptArguments, training: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, SFTConfig)).parse_args_and_config())
+    # Instead of the usage of all 150 options, in which an error would be lost.
+    usage = "%(prog)s --model_name_or_path MODEL --dataset_name DATASET [--output_dir OUT] [--config FILE] [options]"
+    main(*TrlParser((ScriptArguments, SFTConfig), usage=usage).parse_args_and_config())

@@ -4,9 +4,12 @@ Verify the installation from Python, as `accelerate-unsloth test` does from the 
     python examples/verify_installation.py
 """
 
+import argparse
 import sys
 
 from accelerate_unsloth import self_test
+
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 checks = []
 for check in self_test.run():  # as each one is done

@@ -35,20 +35,24 @@ def launch(
     launcher=(),
     inside=(),
     real_launcher: bool = False,
+    torchrun: bool = False,
 ) -> Finished:
     """
-    Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`, and `inside` as the
-    command that all of it runs in; fail the test if they have not ended after `timeout_s` seconds.
+    Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`, or of `torchrun`, and
+    `inside` as the command that all of it runs in; fail the test if they have not ended after `timeout_s` seconds.
 
     The processes are forked from a warm one, see `tests/forking`. Everything is started afresh with `real_launcher`,
     with options for the launcher or a command around it, and with variables that libraries read when they are imported.
     A script that imports the real Unsloth needs that too, because Unsloth comes before the libraries that it patches.
     """
-    options = [*configs.launcher(config, processes), *launcher] if processes > 1 else []
+    options = []
+    if processes > 1:
+        with_torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        options = [*(with_torchrun if torchrun else configs.launcher(config, processes)), *launcher]
     words = [str(script), *map(str, arguments)]
     if real_launcher or launcher or inside or not warm_process().serves(clean_environment(environment)):
         return finish(start([*inside, sys.executable, *options, *words], environment), timeout_s)
-    return launch_forked(words, options[2:], processes, environment, timeout_s)
+    return launch_forked(words, options, processes, environment, timeout_s)
 
 
 def launch_forked(words: list[str], options: list[str], processes: int, environment, timeout_s: int) -> Finished:

@@ -1,13 +1,13 @@
 """
 A small real data set: functions of this Python's own standard library, and the docstrings their authors wrote.
 
-    python examples/demo/make_data.py .demo/data.jsonl
+    python examples/demo/make_data.py [FILE]     # by default .demo/data.jsonl
 """
 
+import argparse
 import ast
 import json
 import random
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -45,4 +45,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, default=Path(".demo", "data.jsonl"))
+    main(parser.parse_args().file)

@@ -4,6 +4,7 @@ Launch the demo: on all GPUs with Unsloth, or on two CPU processes with the refe
     python examples/demo/run.py
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -25,4 +26,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

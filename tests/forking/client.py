@@ -57,7 +57,7 @@ class WarmProcess:
 
     def launch(self, script: list[str], launcher: list[str], processes: int, environment, timeout_s: float):
         """
-        Run `script`, with its arguments, in one process, or in several under `accelerate launch` with `launcher`.
+        Run `script`, with its arguments, in one process, or in several under `launcher`: `-m`, a module and its options.
 
         Returns:
             `tuple[int, str]`: the exit status, and the standard output and error of all processes.

@@ -1,5 +1,5 @@
 """
-Ranks for `accelerate launch` that are forked before it runs, while this process has no threads and sockets yet.
+Ranks for a launcher that are forked before it runs, while this process has no threads and sockets yet.
 
 They wait until the launcher starts them, with the environment and the arguments that it has for them.
 """
@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 import time
+from importlib import import_module
 from multiprocessing import Pipe
 
-from accelerate.commands import launch
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 _waiting: list["ForkedRank"] = []
@@ -72,12 +72,14 @@ def _wait(connection) -> tuple[list[str], dict[str, str]]:
     return script, environment
 
 
-def supervise(arguments: list[str]) -> None:
-    """Run `accelerate launch` in this process."""
+def supervise(command: list[str]) -> None:
+    """Run `accelerate launch` or `torchrun`, given as `-m`, its module and its arguments, in this process."""
 
     def start(handler, command, environment):
         return _waiting.pop(0).start(command, environment)
 
     subprocess_handler.SubprocessHandler._popen = start
-    sys.argv = [launch.__file__, *arguments]
-    launch.main()
+    _, module, *arguments = command
+    launcher = import_module(module)
+    sys.argv = [launcher.__file__, *arguments]
+    launcher.main()
