@@ -38,6 +38,7 @@ if get_multi_gpu_status()["rank"] == 0:
     manager.save(config, output_dir / "multi_gpu.yaml")  # for enable_multi_gpu(**ConfigManager().load(...))
 
 # isort: split
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from unsloth import FastLanguageModel
@@ -47,7 +48,14 @@ trainer = SFTTrainer(
     model=FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16),
     processing_class=tokenizer,
     train_dataset=Dataset.from_list([{"text": f"{a} times 7 is {7 * a}."} for a in range(1, 33)]),
-    args=SFTConfig(output_dir, max_steps=4, optim="adamw_torch", save_strategy="no", report_to="none"),
+    args=SFTConfig(
+        output_dir,
+        max_steps=4,
+        optim="adamw_torch",
+        bf16=torch.cuda.is_available(),  # most CPUs emulate bfloat16, which takes several times as long
+        save_strategy="no",
+        report_to="none",
+    ),
 )
 trainer.train()
 trainer.save_model()

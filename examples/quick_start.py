@@ -20,6 +20,7 @@ import accelerate_unsloth
 accelerate_unsloth.enable_multi_gpu()  # before unsloth and trl are imported
 
 # isort: split
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from unsloth import FastLanguageModel
@@ -40,6 +41,7 @@ trainer = SFTTrainer(
         gradient_accumulation_steps=2,
         max_steps=4,
         learning_rate=1e-3,
+        bf16=torch.cuda.is_available(),  # most CPUs emulate bfloat16, which takes several times as long
         logging_steps=1,
         save_strategy="no",
         report_to="none",
