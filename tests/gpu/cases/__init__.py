@@ -14,7 +14,9 @@ _PRESSED = {"per_device_train_batch_size": 8, "max_steps": 8, "max_length": 128}
 # A change of weights beyond the rounding of merged ones.
 _CHECKPOINTS = _LARGE_STEPS | {"save_strategy": "steps", "save_steps": 10, "learning_rate": 3e-4}
 _FROM_TEN = "two/life/run/checkpoint-10"
-_BALANCED = {"router_aux_loss_coef": 0.1}
+# So that random weights learn more in 20 steps than the losses of steps differ.
+_FAST = {"learning_rate": 1e-3}
+_EXPERTS = _LARGE_STEPS | _FAST | {"router_aux_loss_coef": 0.1}
 _TWO_MICRO_STEPS = {"gradient_accumulation_steps": 2}
 
 CASES: dict[str, dict[str, tuple[str, dict]]] = {
@@ -34,12 +36,11 @@ CASES: dict[str, dict[str, tuple[str, dict]]] = {
         "life-resumed": ("training:fine_tune", {"args": _CHECKPOINTS, "resume": _FROM_TEN}),
         "free": ("training:fine_tune", {"args": _PRESSED}),
         "pressed": ("training:fine_tune", {"args": _PRESSED, "fill_memory_of_rank": 1}),
-        "moe": ("training:fine_tune", {"model": "moe"}),
-        "moe-balanced": ("training:fine_tune", {"model": "moe", "args": _LARGE_STEPS | _BALANCED}),
+        "moe": ("training:fine_tune", {"model": "moe", "args": _EXPERTS}),
         # Last, because `FastModel`, which also loads full fine-tunes, replaces a model's classes for good.
         "vision": (
             "training:fine_tune",
-            {"model": "vision", "loader": "FastModel", "lora": {"finetune_vision_layers": True}},
+            {"model": "vision", "loader": "FastModel", "lora": {"finetune_vision_layers": True}, "args": _FAST},
         ),
         "full": ("training:fine_tune", {"load": {"full_finetuning": True}, "evaluate": True}),
     },
@@ -53,10 +54,7 @@ CASES: dict[str, dict[str, tuple[str, dict]]] = {
             _LORA | {"args": _LARGE_STEPS | _TWO_MICRO_STEPS, "load": {"load_in_4bit": True}},
         ),
         "life-resumed": ("training:fine_tune", {"args": _CHECKPOINTS | _TWO_MICRO_STEPS, "resume": _FROM_TEN}),
-        "moe-balanced": (
-            "training:fine_tune",
-            {"model": "moe", "args": _LARGE_STEPS | _TWO_MICRO_STEPS | _BALANCED},
-        ),
+        "moe": ("training:fine_tune", {"model": "moe", "args": _EXPERTS | _TWO_MICRO_STEPS}),
     },
     # One process, which has the last GPU for itself but for the neighbours that cases start.
     "margin": {

@@ -24,6 +24,7 @@ def load(case, model="real", loader="FastLanguageModel", load=None, lora=None):
 def make_trainer(case, model, tokenizer, rows, args=None, plugin=None, callbacks=(), evaluated=None):
     arguments = {
         "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,  # Unsloth's own default is 2
         "max_steps": STEPS,
         "learning_rate": 1e-4,
         "logging_steps": 1,
