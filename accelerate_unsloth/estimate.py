@@ -6,6 +6,11 @@ from . import memory
 from .memory import GIB, ModelShape
 from .optimizer_state import state_bytes
 
+EXPERTS_NOTE = (
+    "the weights of experts are counted, but their activations were never measured: they are taken for those of a dense "
+    "layer as wide as the active experts"
+)
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -1,5 +1,5 @@
 """
-The arithmetic of what fits: bytes of weights, adapters, optimizer state and activations, from a model's config alone.
+The arithmetic of what fits: bytes of weights, adapters, optimizer state and activations, from a model's sizes alone.
 
 The coefficients of the activations were fitted to peaks measured with Unsloth 2026.10.6 on H200s
 (`benchmarks/step_cost.py`, `benchmarks/RESULTS.md`); the rest is counting. Nothing here touches a device, except
@@ -39,14 +39,15 @@ class ModelShape:
 
     Args:
         hidden (`int`): Width of the residual stream.
-        intermediate (`int`): Width of the MLP that one token uses; with experts the sum over its active ones.
+        intermediate (`int`): Width of the MLP that one token uses; with experts the sum over shared and active ones.
         layers (`int`): Number of layers.
         heads (`int`): Query heads.
         kv_heads (`int`): Key and value heads.
         head_dim (`int`): Width of a head.
         vocabulary (`int`): Words.
         tied (`bool`): Whether the output embedding is the input's.
-        expert_copies (`float`): How many times the MLP's weights exist, relative to what a token uses.
+        idle_values (`int`): Weights that are stored beyond those that a token passes: those of the other experts.
+        idle_width (`int`): Inputs and outputs of their linear layers; LoRA adapters take this times their rank.
     """
 
     hidden: int
@@ -57,35 +58,8 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     tied: bool = False
-    expert_copies: float = 1.0
-
-    @classmethod
-    def from_config(cls, config) -> "ModelShape | None":
-        """Read a transformers config; `None` for one that has no such sizes."""
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        try:
-            hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
-            intermediate, copies = text.intermediate_size, 1.0
-            experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-            if experts:
-                active = text.num_experts_per_tok
-                intermediate = active * (getattr(text, "moe_intermediate_size", None) or intermediate)
-                copies = experts / active
-            shape = cls(
-                hidden=hidden,
-                intermediate=intermediate,
-                layers=layers,
-                heads=heads,
-                kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-                head_dim=getattr(text, "head_dim", None) or hidden // heads,
-                vocabulary=text.vocab_size,
-                tied=bool(getattr(text, "tie_word_embeddings", False)),
-                expert_copies=copies,
-            )
-        except Exception:  # a config whose layers differ (Gemma 4) raises errors of its own kind
-            return None
-        sizes = (shape.hidden, shape.intermediate, shape.layers, shape.heads, shape.kv_heads, shape.head_dim)
-        return shape if all(isinstance(size, int) for size in sizes) else None  # Gemma 3n has a list of them
+    idle_values: int = 0
+    idle_width: int = 0
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -107,20 +81,27 @@ class ModelShape:
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_shapes.values())
 
     @property
-    def stored_linear_values(self) -> float:
+    def stored_linear_values(self) -> int:
         """Weights of all linear layers, of all experts."""
-        mlp = self.layers * 3 * self.hidden * self.intermediate
-        return self.linear_values + mlp * (self.expert_copies - 1)
+        return self.linear_values + self.idle_values
 
     @property
     def embedding_values(self) -> int:
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
-    def lora_values(self, r: int, target_modules=None) -> int:
-        """Trainable values of LoRA adapters of rank `r`."""
-        shapes = self.linear_shapes
-        targets = shapes if target_modules is None else [name for name in shapes if name in target_modules]
-        return self.layers * sum(r * sum(shapes[name]) for name in targets)
+    @property
+    def has_experts(self) -> bool:
+        """Whether a token passes only a part of the weights; the activations of such layers were not measured."""
+        return self.idle_values > 0
+
+    @property
+    def adapter_width(self) -> int:
+        """Inputs and outputs of all linear layers, of all experts."""
+        return self.layers * sum(map(sum, self.linear_shapes.values())) + self.idle_width
+
+    def lora_values(self, r: int) -> int:
+        """Trainable values of LoRA adapters of rank `r` on all linear layers, of all experts."""
+        return r * self.adapter_width
 
     @property
     def attention_per_token(self) -> float:

@@ -1,8 +1,9 @@
 """
 The sizes of a model, from what a user calls it: "7B", a hub id, a folder, or a config.
 
-A hub id or folder is read by transformers. Unsloth has to be imported before transformers, and a script asks for sizes
-before it imports Unsloth; so where transformers is not imported yet, a process of its own reads them.
+A hub id or folder is read by transformers, without weights and without code that comes with a model. Unsloth has to be
+imported before transformers, and a script asks for sizes before it imports Unsloth. Where transformers is not imported
+yet, another process reads them.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import structure
 from .memory import ModelShape
 
 # The dims that were published for the models that are named. Where several models go by one size, the one that takes
@@ -40,21 +42,19 @@ class NamedShape:
     source: str
 
 
-def resolve(model: Any, trust_remote_code: bool = False) -> NamedShape:
+def resolve(model: Any) -> NamedShape:
     """
     Find the sizes of a model; of one that also sees or hears, those of its language part.
 
     Args:
         model (`str`, `Path`, [`~transformers.PreTrainedConfig`] or [`ModelShape`]):
             A size of `KNOWN` such as `"7B"`, a hub id, the folder of a model or of its config, or the config itself.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Let a hub id or folder bring its own config class.
 
     Returns:
         [`NamedShape`]
 
     Raises:
-        ValueError: for a size that is not in the table, a config that cannot be read or has no such sizes.
+        ValueError: for a size that is not in the table, a config that cannot be read, or a model whose memory is unknown.
 
     Example:
 
@@ -78,26 +78,29 @@ def resolve(model: Any, trust_remote_code: bool = False) -> NamedShape:
             f"The size {model!r} is not in the table of published dims; choose one of {', '.join(KNOWN)}, or give a "
             "hub id, a folder or a config, whose sizes are then exact."
         )
-    return NamedShape(read(name, trust_remote_code), f"the config of {name}")
+    return NamedShape(read(name), f"the config of {name}")
 
 
-def read(name: str, trust_remote_code: bool = False) -> ModelShape:
+def read(name: str) -> ModelShape:
     """
-    The sizes of a hub id or folder, without importing transformers into a process that has not done so.
+    Read the sizes of a hub id or folder, without importing transformers into a process that has not done so.
 
     Raises:
-        ValueError: if there is no config that can be read, or it is not that of a decoder-only language model.
+        ValueError: if there is no config that can be read, or the memory of its model is unknown.
     """
     if "transformers" in sys.modules:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise _unknown(name, "its config is code that comes with the model, which is not run") from None
             raise ValueError(f"The config of {name!r} could not be read: {error}") from error
         return from_config(config)
-    command = [sys.executable, "-m", __name__, name, *(["trust_remote_code"] if trust_remote_code else [])]
-    finished = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    finished = subprocess.run(
+        [sys.executable, "-m", __name__, name], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     try:
         answer = json.loads(finished.stdout.splitlines()[-1])  # libraries may print before it
     except (IndexError, ValueError):
@@ -108,21 +111,31 @@ def read(name: str, trust_remote_code: bool = False) -> ModelShape:
 
 
 def from_config(config: Any) -> ModelShape:
-    shape = ModelShape.from_config(config)
-    if shape is None:
-        raise ValueError(
-            f"{type(config).__name__} does not give one size for all layers (hidden_size, intermediate_size, num_hidden_layers, "
-            "num_attention_heads), so what it takes cannot be worked out from its config. Give a size of published dims near "
-            f"it ({', '.join(KNOWN)}), or a ModelShape of your own."
-        )
-    return shape
+    """
+    Read the sizes of the model that a config describes, without loading or changing anything.
+
+    Raises:
+        ValueError: if the memory of the model is unknown.
+    """
+    try:
+        return structure.read_config(config)
+    except structure.UnknownStructure as error:
+        raise _unknown(type(config).__name__, str(error)) from error
+
+
+def _unknown(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"The memory of {name} is unknown: {why}. What a token takes was measured for attention with gated MLPs only, so "
+        f"nothing is planned. Give a size of published dims near it ({', '.join(KNOWN)}), or a custom ModelShape. To train "
+        "it, set micro_batch_tokens, which is tried before training."
+    )
 
 
 def _main() -> None:
     import transformers  # noqa: F401  so that `read` stays in this process
 
     try:
-        answer = asdict(read(sys.argv[1], "trust_remote_code" in sys.argv[2:]))
+        answer = asdict(read(sys.argv[1]))
     except ValueError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

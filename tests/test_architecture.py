@@ -42,6 +42,7 @@ ROOMS += [
     "reduction",
     "optimizer_state",
     "memory",
+    "structure",
     "shapes",
     "estimate",
     "readings",

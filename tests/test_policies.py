@@ -179,25 +179,9 @@ def test_what_fits_shrinks_with_the_optimizer_and_grows_with_checkpointing():
     assert fits("adamw_torch", True, left_gib=0.1) == 0
 
 
-def test_a_config_without_sizes_has_no_shape():
-    from transformers import LlamaConfig, ResNetConfig
-
-    assert memory.ModelShape.from_config(ResNetConfig()) is None
-    shape = memory.ModelShape.from_config(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
-    assert (shape.head_dim, shape.kv_heads, shape.layers) == (16, 4, 2)
-
-
 def test_noise_that_depends_on_the_micro_batch_keeps_the_cut_of_the_arguments():
     assert micro_batch.resolve("auto", True, False, 4_000, 30_000, 2_048, noisy=True).mode == "fixed"
     assert micro_batch.resolve("auto", True, False, 4_000, 30_000, 2_048).mode == "auto"
-
-
-def test_a_model_whose_layers_differ_has_no_shape_and_is_not_refused():
-    from transformers import Gemma3nTextConfig, Gemma4TextConfig, LlamaConfig
-
-    assert memory.ModelShape.from_config(LlamaConfig()) is not None
-    assert memory.ModelShape.from_config(Gemma3nTextConfig()) is None  # a list of sizes
-    assert memory.ModelShape.from_config(Gemma4TextConfig()) is None  # an error of its own when it is asked for one
 
 
 def test_varlen_may_be_asked_for_where_unsloth_runs_it_by_itself():

@@ -1,4 +1,4 @@
-"""`accelerate-unsloth estimate-memory MODEL`: what a LoRA fine-tune takes on each GPU, from the config alone."""
+"""`accelerate-unsloth estimate-memory MODEL`: what a LoRA fine-tune takes on each GPU, from the config, without weights."""
 
 import json
 from dataclasses import asdict
@@ -18,7 +18,6 @@ def estimate_memory(
     r: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     optim: Annotated[str, typer.Option(help="The Trainer's optimizer.")] = "adamw_8bit",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the micro-batch whose peak is shown.")] = 4096,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let the model bring its own config class.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Weights, adapters, optimizer and activations per GPU, and the largest micro-batch. Vision towers are not counted."""
@@ -26,7 +25,7 @@ def estimate_memory(
     from ..estimate import estimate
 
     try:
-        shape = shapes.resolve(model_name, trust_remote_code).shape
+        shape = shapes.resolve(model_name).shape
         estimates = {
             case: estimate(shape, case[0] == 4, r, optim, checkpointing=case[1], num_gpus=num_gpus) for case in _CASES
         }
@@ -43,6 +42,7 @@ def _row(case, found, gpu_gib: float, tokens: int) -> dict:
     return {
         "bits": case[0],
         **asdict(found),
+        "activations_measured": not found.shape.has_experts,
         "resting_gib": found.resting_gib,
         "tokens": tokens,
         "peak_gib": found.peak_gib(tokens),
@@ -54,7 +54,11 @@ def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> Non
     from rich.console import Console
     from rich.table import Table
 
+    from ..estimate import EXPERTS_NOTE
+
     table = Table(title=f"{model_name}, LoRA with Unsloth, GiB a GPU", title_justify="left", pad_edge=False)
+    if any(found.shape.has_experts for found in estimates.values()):
+        table.caption, table.caption_justify = f"Note: {EXPERTS_NOTE}.", "left"
     table.add_column("")
     for bits, checkpointing in estimates:
         table.add_column(f"{bits}-bit, {'checkpointing' if checkpointing else 'all kept'}", justify="right")

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import shapes
 from ..devices import Device, DeviceManager
+from ..estimate import EXPERTS_NOTE
 from ..plugin import UnslothPlugin
 from ..policies import micro_batch
 from ..policies.micro_batch import MicroBatchChoice
@@ -291,4 +292,5 @@ def _assumptions(work: Workload, found: Fit, cut: MicroBatchChoice) -> dict[str,
         f"layers, optim={work.optim!r}",
         "activations": f"{chosen}, for steps of {ROWS_OF_A_STEP} full rows a process: {found.checkpointing.reason}",
         "micro-batches": f"{cutting}; the samples of a step stay the script's",
+        **({"experts": EXPERTS_NOTE} if work.shape.has_experts else {}),
     }

@@ -61,7 +61,9 @@ def resolve(
             "lower max_length."
         )
     if fits is None and most_tokens is None:
-        return MicroBatchChoice("fixed", None, "a CPU gains nothing from larger micro-batches")
+        return MicroBatchChoice(
+            "fixed", None, "what fits is known neither on a CPU nor for layers that were not measured"
+        )
     budgets = [budget for budget in (most_tokens, fits) if budget is not None]
     # What does not fit alone is tried nevertheless: the arithmetic may be wrong, the probe is not.
     budget = max(min(budgets), longest)

@@ -13,7 +13,7 @@ from ..engines.loaded import choice
 # isort: split
 from torch.utils.data import IterableDataset
 
-from .. import memory, optimizer_state
+from .. import memory, optimizer_state, structure
 from ..channel import channel
 from ..data.balance import RowCost
 from ..data.lengths import count_different, lengths_of
@@ -51,7 +51,7 @@ class PlanningMixin:
     @property
     def _row_cost(self) -> RowCost:
         padding_free = getattr(self, "padding_free", False) or getattr(self.args, "padding_free", False)
-        shape = memory.ModelShape.from_config(self.model.config)
+        shape = structure.shape_of(self.model)
         return RowCost(padded=not padding_free, attention_per_token=shape.attention_per_token if shape else 0.0)
 
     def _get_dataloader(
@@ -187,8 +187,8 @@ class PlanningMixin:
         By arithmetic, on the rank with the least memory, if activations are kept and if they are recomputed; 0 where memory
         is not planned.
         """
-        shape = memory.ModelShape.from_config(self.model.config)
-        if shape is None or not kernels.plans_memory(choice.name):
+        shape = structure.shape_of(self.model) if kernels.plans_memory(choice.name) else None
+        if shape is None:
             return 0, 0
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         left_bytes = memory.read(self.args.device, self.plugin.memory_fraction).left_bytes

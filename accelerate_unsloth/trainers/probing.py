@@ -8,7 +8,7 @@ import gc
 
 import torch
 
-from .. import memory, optimizer_state
+from .. import memory, optimizer_state, structure
 from ..channel import channel
 from ..data.sampler import EffectiveBatchSampler
 from ..engines import kernels
@@ -75,7 +75,7 @@ class ProbeMixin:
         return fits and peak <= memory.read(device, self.plugin.memory_fraction).limit_bytes
 
     def _too_long(self, samples: list[int], tokens: int, ranks: list[int]) -> str:
-        shape = memory.ModelShape.from_config(self.model.config)
+        shape = structure.shape_of(self.model)
         reading = memory.read(self.args.device, self.plugin.memory_fraction)
         arithmetic = ""
         if shape is not None:
