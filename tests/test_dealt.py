@@ -1,7 +1,9 @@
 """How a user's DataLoader is dealt over the ranks, as tables of indices, without processes."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -233,3 +235,49 @@ def test_options_of_the_loader_are_kept():
     epochs = dealt.for_training(loader, Place(0, 1), accumulation=3, seed=0)
     assert (epochs._loader.num_workers, epochs._loader.timeout) == (2, 9)
     assert epochs.num_steps(None) == 1  # one whole effective batch of 6, the rest dropped
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Samples that are drawn when they are read."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return int(torch.randint(10**6, ())), int(np.random.randint(10**6)), random.randrange(10**6)
+
+
+def seed_by_worker(worker):
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(worker)
+
+
+# Loaders whose batches are planned anew, and whose batches a sampler draws.
+DRAWN = {
+    "planned": lambda **how: DataLoader(Drawn(), batch_size=1, num_workers=2, collate_fn=list, **how),
+    "drawn": lambda **how: DataLoader(
+        Drawn(), batch_sampler=[[i] for i in range(8)], num_workers=2, collate_fn=list, **how
+    ),
+}
+
+
+def drawn_by(rank, loader, seed=0):
+    """The numbers of the first sample of each of a rank's two workers."""
+    epochs = dealt.for_training(loader, Place(rank, 2), 2, seed=0)
+    torch.manual_seed(seed)
+    first_step = next(epochs.steps(0, 0, epochs.draw()))
+    return [number for batch in first_step for number in batch.inputs[0]]
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_workers_of_all_ranks_draw_other_numbers(kind):
+    one, other = drawn_by(0, DRAWN[kind]()), drawn_by(1, DRAWN[kind]())
+    assert len({*one, *other}) == 12  # 2 ranks x 2 workers x 3 generators
+    assert one == drawn_by(0, DRAWN[kind]())
+    assert not {*one} & {*drawn_by(0, DRAWN[kind](), seed=1)}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_a_worker_init_fn_of_the_user_is_the_only_one(kind):
+    loader = DRAWN[kind](worker_init_fn=seed_by_worker)
+    assert drawn_by(0, loader) == drawn_by(1, loader) == drawn_by(0, loader, seed=1)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from .balance import RowCost
 from .lengths import lengths_of
-from .loader import PlannedDataLoader, Slot
+from .loader import PlannedDataLoader, Slot, worker_seeding
 from .loader_order import as_drawn, draw, order_of
 from .sampler import EffectiveBatchSampler, EvaluationSampler
 
@@ -46,7 +46,7 @@ class PlannedEpochs:
 
     def __init__(self, loader: DataLoader, sampler: EffectiveBatchSampler):
         self.accumulation = sampler.accumulation
-        self._loader = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader))
+        self._loader = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader, sampler.rank))
         lengths = None if sampler.lengths is None else np.ascontiguousarray(sampler.lengths, dtype=np.int64)
         self.facts = {
             "order of the samples": sampler.strategy,
@@ -97,7 +97,7 @@ class DrawnEpochs:
 
     def steps(self, epoch: int, first_step: int, order: list) -> Iterator[list[DealtBatch]]:
         left = as_drawn(self._dealt, order[first_step * self._turns :])
-        stream = _load(self._dealt, left[self._place.rank :: self._place.world_size])
+        stream = _load(self._dealt, left[self._place.rank :: self._place.world_size], self._place.rank)
         while batches := list(islice(stream, self.accumulation)):
             yield batches
 
@@ -212,18 +212,18 @@ def for_evaluation(
         return
     if order == "drawn":
         batches = _without_repeats(as_drawn(loader, share(lambda: draw(loader))))
-        yield from _load(loader, batches[place.rank :: place.world_size])
+        yield from _load(loader, batches[place.rank :: place.world_size], place.rank)
         return
     lengths = lengths_of(loader.dataset) if balance else None
     sampler = EvaluationSampler(len(loader.dataset), place.world_size, place.rank, loader.batch_size, lengths)
-    planned = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader))
+    planned = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader, place.rank))
     for samples, inputs in islice(zip(sampler, planned, strict=True), sampler.num_real):
         yield DealtBatch(inputs, samples)
 
 
-def _load(loader: DataLoader, indices: list) -> Iterator[DealtBatch]:
+def _load(loader: DataLoader, indices: list, rank: int) -> Iterator[DealtBatch]:
     """The batches that `indices` name, as `loader` makes them."""
-    options = _options(loader) | {"persistent_workers": False, "collate_fn": loader.collate_fn}
+    options = _options(loader, rank) | {"persistent_workers": False, "collate_fn": loader.collate_fn}
     if loader.batch_sampler is None:
         for index, inputs in zip(indices, DataLoader(loader.dataset, None, sampler=indices, **options), strict=True):
             yield DealtBatch(inputs, [(index, row) for row in range(_rows(inputs))])
@@ -267,6 +267,8 @@ def _cost(loader: DataLoader) -> RowCost:
     return RowCost(padded=not getattr(loader.collate_fn, "padding_free", False))
 
 
-def _options(loader: DataLoader) -> dict[str, Any]:
-    names = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
-    return {name: getattr(loader, name) for name in (*names, "persistent_workers")}
+def _options(loader: DataLoader, rank: int) -> dict[str, Any]:
+    """Return the options of a user's loader; workers without a `worker_init_fn` are seeded by rank."""
+    names = ("num_workers", "pin_memory", "timeout", "multiprocessing_context", "prefetch_factor", "persistent_workers")
+    options = {name: getattr(loader, name) for name in names}
+    return options | {"worker_init_fn": loader.worker_init_fn or worker_seeding(loader.num_workers, rank)}

@@ -1,6 +1,7 @@
 """From a sampler's micro-batches to tensors: a DataLoader whose fillers carry no labels."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +75,18 @@ class PlannedDataLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+
+def worker_seeding(num_workers: int, rank: int) -> Callable[[int], None]:
+    """
+    Return a `worker_init_fn` that seeds the workers of each rank differently, as the stock Trainer does.
+
+    All ranks draw the same base seed where their random number generators are seeded alike, so that without it the
+    workers of all ranks would augment their samples with the same numbers.
+    """
+    from transformers.trainer_utils import seed_worker  # here, because Unsloth is imported before transformers
+
+    return partial(seed_worker, num_workers=num_workers, rank=rank)
 
 
 def count_items(batch: dict[str, Any], shifted: bool = True) -> int:

@@ -17,7 +17,7 @@ from .. import memory, optimizer_state, structure
 from ..channel import channel
 from ..data.balance import RowCost
 from ..data.lengths import count_different, lengths_of
-from ..data.loader import PlannedDataLoader
+from ..data.loader import PlannedDataLoader, worker_seeding
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
 from ..policies import attention, checkpointing, micro_batch
 
@@ -80,6 +80,7 @@ class PlanningMixin:
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=worker_seeding(workers, self.accelerator.process_index) if is_training else None,
         )
 
     def _train_sampler(self, dataset, batch_size: int) -> EffectiveBatchSampler:
