@@ -6,15 +6,18 @@ something that nobody asked for, or wait for each other for ever.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
+
+from torch.utils.data import IterableDataset
 
 from ._version import __version__
 from .buffers import kept_buffers
 from .channel import channel
 from .checksum import bit_sums
+from .data.contents import digest_of_samples
 from .data.lengths import lengths_of
 from .masking import HIDDEN, is_secret_name, without_secrets
 from .topology import topology
@@ -23,10 +26,6 @@ _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", 
 
 # The text of other objects may hold an address in memory.
 _PLAIN = (str, int, float, bool, list, dict, type(None))
-
-# Of a data set, the lengths of all samples and the tokens of so many, spread evenly, are compared.
-_SAMPLES_COMPARED = 64
-_COLUMNS_COMPARED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 # Arguments that differ between ranks by right.
 _LOCAL_ARGUMENTS = {
@@ -37,6 +36,12 @@ _LOCAL_ARGUMENTS = {
     "logging_dir",
     "run_name",
 }
+
+# Entries of a model's configuration that say where it and its code were found, or are compared by themselves.
+_LOCAL_CONFIGURATION = {"_commit_hash", "_name_or_path", "auto_map", "transformers_version"}
+
+# A longer value is compared by its digest, so that a message can be read.
+_LONGEST_VALUE = 200
 
 
 def describe(trainer) -> dict[str, Any]:
@@ -52,11 +57,13 @@ def describe(trainer) -> dict[str, Any]:
         for name, value in trainer.args.to_dict().items()
         if name not in _LOCAL_ARGUMENTS and isinstance(value, _PLAIN)
     }
-    described["model configuration"] = _digest(trainer.model.config.to_dict())
-    described |= _describe_data("training", trainer.train_dataset)
+    described |= _flat("model configuration", trainer.model.config.to_dict())
+    trainer._set_signature_columns_if_needed()
+    columns = trainer._signature_columns
+    described |= _describe_data("training", trainer.train_dataset, columns)
     evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     for name, rows in evaluated.items():
-        described |= _describe_data(f"evaluation {name}".strip(), rows)
+        described |= _describe_data(f"evaluation {name}".strip(), rows, columns)
     return described
 
 
@@ -71,52 +78,33 @@ def describe_setup(model, plugin) -> dict[str, Any]:
     return described
 
 
-def _describe_data(split: str, rows) -> dict[str, Any]:
+def _flat(prefix: str, configuration: dict[str, Any]) -> dict[str, str]:
+    """Return one entry for each value of a configuration, however deep, without those that differ between machines."""
+    entries = {}
+    for name, value in _masked(configuration).items():
+        if isinstance(value, dict):
+            entries |= _flat(f"{prefix} {name}", value)
+        elif isinstance(value, _PLAIN) and name not in _LOCAL_CONFIGURATION:
+            text = repr(value)
+            entries[f"{prefix} {name}"] = text if len(text) <= _LONGEST_VALUE else f"digest {_digest(value)}"
+    return entries
+
+
+def _describe_data(split: str, rows, columns: Collection[str]) -> dict[str, Any]:
     """
-    Of a data set with a length. Its own fingerprint will not do: it also changes with the address of a function in
-    memory, and machines that share no disk may have different ones for the same rows.
+    Describe a dataset with a length by the columns that training reads.
+
+    Its own fingerprint will not do: it also changes with the address of a function in memory, and machines that share no
+    disk may have different ones for the same rows.
     """
-    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+    if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__"):
         return {}
     lengths = lengths_of(rows)
-    contents = [[row.get(name) for name in _COLUMNS_COMPARED] for row in _spread(rows) if hasattr(row, "get")]
     return {
         f"samples of the {split} data set": len(rows),
         f"lengths of the {split} data set": None if lengths is None else _digest(lengths.tobytes()),
-        f"tokens of the {split} data set": _digest(contents),
+        f"contents of the {split} data set": digest_of_samples(rows, columns),
     }
-
-
-def _spread(rows) -> list:
-    """Up to 64 samples of a data set, spread evenly."""
-    last = len(rows) - 1
-    places = {place * last // (_SAMPLES_COMPARED - 1) for place in range(_SAMPLES_COMPARED)} if len(rows) else ()
-    return [rows[index] for index in sorted(places)]
-
-
-def digest_of_samples(rows) -> str | None:
-    """
-    Of up to 64 samples of a data set with a length, spread evenly; `None` if they read differently each time, as augmented ones do.
-
-    Args:
-        rows: Anything with a length, whose samples are named by numbers.
-    """
-    try:
-        first, again = (_digest([_contents(row) for row in _spread(rows)]) for _ in range(2))
-    except (KeyError, TypeError):  # samples that are named otherwise
-        return None
-    return first if first == again else None
-
-
-def _contents(value: Any) -> Any:
-    """What a sample holds, without what differs by nature: of objects of other kinds only what they are."""
-    if isinstance(value, Mapping):
-        return [(str(name), _contents(inner)) for name, inner in value.items()]
-    if isinstance(value, list | tuple):
-        return [_contents(inner) for inner in value]
-    if hasattr(value, "tolist"):  # tensors and arrays
-        return [str(value.dtype), value.tolist()]
-    return value if isinstance(value, (*_PLAIN, bytes)) else type(value).__name__
 
 
 def _masked(value: Any) -> Any:

@@ -1,28 +1,106 @@
 """What ranks compare of tensors and of data: checksums that tell bits and places, and digests of samples."""
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from accelerate_unsloth.agreement import digest_of_samples
 from accelerate_unsloth.checksum import bit_sums
+from accelerate_unsloth.data.contents import digest_of_samples
 
 
-def test_contents_are_compared_unless_they_differ_by_nature():
-    class Noisy:
+class Other:
+    """An object whose text holds an address."""
+
+
+def samples(last):
+    return [
+        {"x": torch.arange(3), "of": Other(), "y": np.array([1.5, last])},
+        {"text": "a", "bytes": b"0", "file": "/here/a.png"},
+    ]
+
+
+def moved(last):
+    """The same on another machine: an equal file, in another folder."""
+    return [samples(last)[0], samples(last)[1] | {"file": "/there/a.png"}]
+
+
+def hub(last):
+    ids = [[1, 2], [], [3], [last]]
+    columns = {"input_ids": ids, "mask": [[1, None], [0], None, []], "messages": [[{"role": "user"}]] * 4}
+    return datasets.Dataset.from_dict(columns)
+
+
+def transformed(rows):
+    """Whose reading gives something else each time, and fails the test."""
+    rows.set_transform(lambda batch: pytest.fail("a transform was called"))
+    return rows
+
+
+# A dataset that ends with a value, and the same made otherwise.
+READABLE = {
+    "list": (samples, moved),
+    "tuple": (lambda last: tuple(samples(last)), lambda last: tuple(moved(last))),
+    "tensor": (lambda last: torch.tensor([[1.0], [last]]), lambda last: torch.tensor([[1.0, last]]).T),
+    "array": (lambda last: np.array([[1], [last]]), lambda last: np.array([[1, last]]).T),
+    "range": (lambda last: range(last, 9), lambda last: range(last, 9, 1)),
+    "tensors": (
+        lambda last: TensorDataset(torch.arange(3), torch.tensor([0, 1, last])),
+        lambda last: TensorDataset(torch.tensor([0, 1, 2]), torch.tensor([0, 1, last])),
+    ),
+    "hub": (hub, lambda last: hub(last).with_format("torch")),
+    "hub, transformed": (hub, lambda last: transformed(hub(last))),
+    "hub, selected": (
+        lambda last: hub(last).select([3, 1]),
+        lambda last: transformed(hub(last).select([1, 2, 3]).select([2, 0])),
+    ),
+    "subset": (lambda last: Subset(samples(last), [1, 0]), lambda last: Subset(moved(last), torch.tensor([1, 0]))),
+    "concatenated": (
+        lambda last: ConcatDataset([samples(1), hub(last)]),
+        lambda last: ConcatDataset([moved(1), transformed(hub(last))]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_contents_are_compared_where_no_code_of_a_user_reads_them(kind):
+    one, same = READABLE[kind]
+    assert digest_of_samples(one(7)) == digest_of_samples(same(7)) != digest_of_samples(one(8))
+
+
+@pytest.mark.parametrize(
+    "container",
+    [lambda rows: rows, lambda rows: Subset(rows, [1]), lambda rows: ConcatDataset([[1, 2], rows])],
+)
+def test_a_getitem_of_a_user_is_not_called(container):
+    class Rows(torch.utils.data.Dataset):
         def __len__(self):
             return 3
 
         def __getitem__(self, index):
-            return torch.rand(2)
+            pytest.fail("a __getitem__ was called")
 
-    class Thing:
-        pass
+    assert digest_of_samples(container(Rows())) is None
 
-    same, other = ([{"x": torch.arange(3) + offset, "of": Thing()} for _ in range(70)] for offset in (0, 1))
-    again = [{"x": torch.arange(3), "of": Thing()} for _ in range(70)]
-    assert digest_of_samples(same) == digest_of_samples(again) != digest_of_samples(other)
-    assert digest_of_samples(Noisy()) is None
+
+def test_subclasses_of_containers_are_not_read():
+    assert digest_of_samples(type("Rows", (list,), {})([1, 2])) is None
     assert digest_of_samples({(0, 1): 2}) is None
+
+
+def test_samples_are_spread_over_the_whole_dataset():
+    rows = [0] * 1000
+    digests = {digest_of_samples([*rows[:place], 1, *rows[place + 1 :]]) for place in (0, 15, 999)}
+    assert len(digests) == 3
+    assert digest_of_samples(rows) == digest_of_samples([*rows[:1], 1, *rows[2:]])  # between two that are compared
+
+
+def test_only_the_named_columns_are_compared():
+    rows = [{"input_ids": [1], "id": "a"}], [{"input_ids": [1], "id": "b"}]
+    for one, other in (rows, map(datasets.Dataset.from_list, rows)):
+        assert digest_of_samples(one) != digest_of_samples(other)
+        assert digest_of_samples(one, ["input_ids"]) == digest_of_samples(other, ["input_ids"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float64])

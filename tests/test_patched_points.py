@@ -43,6 +43,8 @@ POINTS = {
     # called or replaced
     "transformers:Trainer._remove_unused_columns": ["self", "dataset", "description"],
     "transformers:Trainer._get_collator_with_removed_columns": ["self", "data_collator", "description"],
+    "transformers:Trainer._set_signature_columns_if_needed": ["self"],
+    "transformers.trainer_utils:seed_worker": ["worker_id", "num_workers", "rank"],
     "transformers.trainer_pt_utils:get_length_grouped_indices": ["lengths", "batch_size", "generator"],
     "accelerate:Accelerator.prepare_model": ["self", "model", "device_placement", "evaluation_mode"],
     "accelerate:PartialState.main_process_first": ["self"],

@@ -16,8 +16,6 @@ import pytest
 import torch
 
 from accelerate_unsloth import agreement, saving
-from accelerate_unsloth.data import prepare
-from accelerate_unsloth.data.lengths import write_lengths
 
 from .launching import ROOT
 
@@ -37,6 +35,8 @@ def trainer(tiny_model, monkeypatch):
         model=AutoModelForCausalLM.from_pretrained(tiny_model),
         train_dataset=datasets.Dataset.from_dict({"input_ids": [[1, 2], [3], [4]], "labels": [[1, 2], [3], [4]]}),
         eval_dataset=datasets.Dataset.from_dict({"input_ids": [[1], [2]]}),
+        _signature_columns=["input_ids", "labels"],
+        _set_signature_columns_if_needed=lambda: None,
     )
 
 
@@ -78,7 +78,10 @@ CHANGES = {
     "argument learning_rate": lambda trainer: setattr(trainer.args, "learning_rate", 0.5),
     "argument model_init_kwargs": lambda trainer: setattr(trainer.args, "model_init_kwargs", {"revision": "other"}),
     "plugin option gradient_sync": lambda trainer: setattr(trainer.plugin, "gradient_sync", "overlapped"),
-    "model configuration": lambda trainer: setattr(trainer.model.config, "rope_theta", 5.0),
+    "model configuration rms_norm_eps": lambda trainer: setattr(trainer.model.config, "rms_norm_eps", 0.5),
+    "model configuration rope_parameters rope_theta": lambda trainer: trainer.model.config.rope_parameters.update(
+        rope_theta=5.0
+    ),
     "number of trainable tensors": change_weight,
     "names, shapes and types of trainable tensors": lambda trainer: trainer.model.to(torch.float64),
     "samples of the training data set": lambda trainer: setattr(
@@ -87,7 +90,7 @@ CHANGES = {
     "lengths of the training data set": lambda trainer: setattr(
         trainer, "train_dataset", trainer.train_dataset.select([1, 0, 2])
     ),
-    "tokens of the training data set": other_tokens("labels"),
+    "contents of the training data set": other_tokens("labels"),
     "samples of the evaluation data set": lambda trainer: setattr(
         trainer, "eval_dataset", trainer.eval_dataset.select([0])
     ),
@@ -112,11 +115,45 @@ def test_versions_of_the_libraries_are_compared(library, trainer, monkeypatch):
     assert line == f"version of {library}: {metadata.version(library)} on rank 0; 0.0 on rank 1"
 
 
+def test_a_difference_of_the_model_configuration_is_named_with_its_values(trainer):
+    before = agreement.describe(trainer)
+    trainer.model.config.hidden_act = "gelu"
+    (line,) = agreement.differences([before, agreement.describe(trainer)])
+    assert line == "model configuration hidden_act: 'silu' on rank 0; 'gelu' on rank 1"
+
+
+def test_a_long_value_of_the_model_configuration_is_compared_by_its_digest(trainer):
+    described = []
+    for last in (0, 1):
+        trainer.model.config.layer_types = ["full_attention"] * 99 + [f"of rank {last}"]
+        described.append(agreement.describe(trainer))
+    (line,) = agreement.differences(described)
+    assert line.startswith("model configuration layer_types: digest ")
+    assert len(line) < 120
+
+
+def test_the_same_model_in_another_folder_is_no_difference(trainer, tiny_model, tmp_path):
+    """As on machines that keep their models in different places."""
+    from transformers import AutoModelForCausalLM
+
+    before = agreement.describe(trainer)
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    trainer.model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    assert agreement.differences([before, agreement.describe(trainer)]) == []
+
+
+def test_a_column_that_training_does_not_read_is_no_difference(trainer):
+    described = []
+    for name in ("a", "b"):
+        trainer.train_dataset = trainer.train_dataset.add_column(f"id of {name}", [name] * 3)
+        described.append(agreement.describe(trainer))
+    assert agreement.differences(described) == []
+
+
 def test_equal_data_in_another_place_is_no_difference(trainer, tmp_path):
     """As on machines that share no disk: other files, another fingerprint."""
     before = agreement.describe(trainer)
     trainer.train_dataset.save_to_disk(tmp_path)
-    write_lengths(trainer.train_dataset, tmp_path)
     trainer.train_dataset = datasets.load_from_disk(tmp_path)
     trainer.train_dataset._fingerprint = "another"
     assert agreement.differences([before, agreement.describe(trainer)]) == []
@@ -163,17 +200,6 @@ def test_code_from_the_hub_stays_off_unless_asked_for(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Own"):  # no model for it, but its code has been asked for
         reference.FastLanguageModel.from_pretrained(str(model), trust_remote_code=True)
     assert marker.exists()
-
-
-def test_a_fingerprint_from_disk_is_not_a_path_to_write_to(tmp_path, monkeypatch):
-    """A data set's `state.json` may hold any text for one."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = datasets.Dataset.from_dict({"input_ids": [[1]]})
-    rows._fingerprint = "../../outside"
-    folder = prepare._write(rows)
-    assert folder.parent == tmp_path / "cache" / "accelerate_unsloth"
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
-    assert prepare._write(rows) == folder  # found again
 
 
 class Touch:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from .. import agreement
 from ..channel import channel
 from ..data import dealt
+from ..data.contents import digest_of_samples
 from ..policies.aggregation import AggregationMethod
 from ..reduction import StepTotals
 from .state import changed
@@ -42,9 +43,8 @@ class EpochMixin:
             dataloader, self.place, accumulation, self.seed, self.plugin.balance_tokens, lengths
         )
         described = {f"{name} of the loader": value for name, value in epochs.facts.items()}
-        # Handles that a data set opens when it is read are not for workers that are forked afterwards.
-        if self.place.world_size > 1 and size is not None and not dataloader.num_workers:
-            described["64 samples of the loader"] = agreement.digest_of_samples(rows)
+        if self.place.world_size > 1 and size is not None:
+            described["64 samples of the loader"] = digest_of_samples(rows)
         agreement.compare(described)
         self._dealing = ((dataloader, lengths), (size, accumulation, self.seed), epochs)
         return epochs
