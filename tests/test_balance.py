@@ -1,7 +1,6 @@
 """Level dealing, as a function of numbers."""
 
 from itertools import combinations_with_replacement, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accelerate_unsloth.data.balance import RowCost, assign_in_sizes, cut, deal_balanced, deal_level, pack_padded
-from accelerate_unsloth.data.lengths import count_different, count_lengths, lengths_of, write_lengths
+from accelerate_unsloth.data.lengths import count_different, lengths_of
 from accelerate_unsloth.data.sampler import deal
 
 ROWS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
@@ -164,7 +163,7 @@ def test_padded_rows_meet_their_like():
 
 def test_lengths_are_those_of_the_rows_also_after_a_selection(tmp_path):
     rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 0, 5)]})
-    assert count_lengths(rows).tolist() == [3, 1, 0, 5]
+    assert lengths_of(rows).tolist() == [3, 1, 0, 5]
     assert lengths_of(rows.select([3, 0])).tolist() == [5, 3]
     assert lengths_of(rows.select([])).tolist() == []
     assert lengths_of(rows.remove_columns("input_ids")) is None
@@ -174,45 +173,24 @@ def test_lengths_are_those_of_the_rows_also_after_a_selection(tmp_path):
 
 def test_different_lengths_are_those_of_documents_where_rows_are_packed():
     rows = Dataset.from_dict({"input_ids": [[1] * n for n in (6, 6, 4)], "seq_lengths": [[1, 5], [3, 3], [4]]})
-    lengths = count_lengths(rows)
+    lengths = lengths_of(rows)
     assert count_different(rows, lengths) == 4
     assert count_different(rows.remove_columns("seq_lengths"), lengths) == 2
     assert count_different(rows.select([1]), lengths[1:2]) == 1
     assert count_different(rows, None) == 0
 
 
-def test_lengths_beside_a_data_set_are_read_from_there(tmp_path):
+def test_lengths_of_rows_in_files_are_counted_in_their_order(tmp_path):
     rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 5)]})
     rows.save_to_disk(tmp_path)
-    write_lengths(rows, tmp_path)
     stored = Dataset.load_from_disk(tmp_path)
-    assert isinstance(lengths_of(stored), np.memmap)
-    assert lengths_of(stored).dtype == count_lengths(rows).dtype == np.int32
-    assert lengths_of(stored).tolist() == [3, 1, 5]
-    assert lengths_of(stored.select([2])).tolist() == [5]  # not the file's, which are of all rows
+    assert lengths_of(stored).dtype == np.int32
     assert lengths_of(stored.select([2, 1, 0])).tolist() == [5, 1, 3]
-
-
-def test_rows_without_tokens_have_no_file_of_lengths(tmp_path):
-    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path)
-    write_lengths(Dataset.load_from_disk(tmp_path), tmp_path)
-    assert list(tmp_path.glob("*.npy")) == []
-
-
-def test_a_file_of_another_number_of_lengths_is_not_used(tmp_path):
-    rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 5)]})
-    rows.save_to_disk(tmp_path)
-    write_lengths(rows.select([0, 1]), tmp_path)
-    assert lengths_of(Dataset.load_from_disk(tmp_path)).tolist() == [3, 1, 5]
-
-
-def test_lengths_of_rows_that_were_made_of_stored_ones_are_their_own(tmp_path):
-    """What `map` and `filter` make lies beside the data set that it was made of, and may have as many rows."""
-    rows = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 5)]})
-    rows.save_to_disk(tmp_path)
-    write_lengths(rows, tmp_path)
-    stored = Dataset.load_from_disk(tmp_path)
-    doubled = stored.map(lambda row: {"input_ids": row["input_ids"] * 2})
-    assert Path(doubled.cache_files[0]["filename"]).parent == tmp_path
-    assert lengths_of(doubled).tolist() == [6, 2, 10]
     assert lengths_of(stored.filter(lambda row: len(row["input_ids"]) > 1)).tolist() == [3, 5]
+    assert lengths_of(stored.map(lambda row: {"input_ids": row["input_ids"] * 2}, num_proc=2)).tolist() == [6, 2, 10]
+
+
+def test_lengths_are_not_read_through_a_transform():
+    rows = Dataset.from_dict({"input_ids": [[1], [1, 2]]})
+    rows.set_transform(lambda batch: pytest.fail("a transform was called"))
+    assert lengths_of(rows).tolist() == [1, 2]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,7 +112,8 @@ def test_forked_processes_compute_what_the_launchers_do(run, name):
     """What the tests rely on that fork their ranks: see tests/forking."""
     for rank in range(RUNS[name][0]):
         real, forked = (result(run(how), rank) for how in (name, f"{name}, forked"))
-        del real["log_history"], forked["log_history"]  # which tell the time
+        for seen in (real, forked):
+            del seen["log_history"], seen["data_files"]  # which tell the time and the folder
         assert real == forked
         one, other = (load_file(run(how) / f"weights{rank}.safetensors") for how in (name, f"{name}, forked"))
         assert all(torch.equal(one[weight], other[weight]) for weight in one)
@@ -197,3 +199,18 @@ def test_the_data_set_is_tokenised_once_a_node(run):
     first, second = result(run("two"), rank=0)["mapped_rows"], result(run("two"), rank=1)["mapped_rows"]
     assert 22 in first
     assert max(second) <= 8  # the rows that set up the trainer
+
+
+def files_of_data(folder):
+    """Without locks, whose names hold the folder."""
+    files = [file for file in (folder / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
+    return sorted(str(file.relative_to(folder)) for file in files)
+
+
+@pytest.mark.parametrize("how", ["", ", packed"])
+def test_all_processes_map_the_files_of_map_and_write_no_others(run, how):
+    one, two = run(f"one{how}"), run(f"two{how}")
+    mapped = [[str(Path(file).relative_to(two)) for file in result(two, rank)["data_files"]] for rank in (0, 1)]
+    assert mapped[0] == mapped[1] != []
+    assert {*mapped[0]} < {*files_of_data(two)}
+    assert files_of_data(two) == files_of_data(one)

@@ -69,6 +69,9 @@ POINTS = {
     "torch.amp:GradScaler.step": ["self", "optimizer"],
     "torch.amp:GradScaler.update": ["self", "new_scale"],
     "datasets:Dataset.save_to_disk": ["self", "dataset_path"],
+    "datasets.formatting:query_table": ["table", "key", "indices"],
+    "datasets.table:MemoryMappedTable.from_file": ["filename", "replays"],
+    "datasets.table:concat_tables": ["tables", "axis"],
 }  # fmt: skip
 
 UNSLOTH_POINTS = {

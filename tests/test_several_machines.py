@@ -1,6 +1,7 @@
 """Two launchers as two machines on the loopback, two CPU processes each."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,7 +62,9 @@ def test_two_machines_of_two_give_the_loss_curve_of_one_process(share_a_disk, on
     assert mapped[1] <= 8
     assert mapped[3] <= 8
     assert [bool(result(folder, rank)["saves"]) for rank in range(4)] == [True, False, False, False]
-    assert all(cache.is_dir() for cache in caches)
+    for rank in range(4):
+        assert all(Path(file).is_relative_to(caches[rank // 2]) for file in result(folder, rank)["data_files"])
+        assert result(folder, rank)["data_files"]
 
 
 # What is lost, on the machine of which rank, at the end of which step. Ranks 2 and 3 are the second machine's, and the

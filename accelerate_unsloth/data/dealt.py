@@ -269,6 +269,13 @@ def _cost(loader: DataLoader) -> RowCost:
 
 def _options(loader: DataLoader, rank: int) -> dict[str, Any]:
     """Return the options of a user's loader; workers without a `worker_init_fn` are seeded by rank."""
-    names = ("num_workers", "pin_memory", "timeout", "multiprocessing_context", "prefetch_factor", "persistent_workers")
+    names = (
+        "num_workers",
+        "pin_memory",
+        "timeout",
+        "multiprocessing_context",
+        "prefetch_factor",
+        "persistent_workers",
+    )
     options = {name: getattr(loader, name) for name in names}
     return options | {"worker_init_fn": loader.worker_init_fn or worker_seeding(loader.num_workers, rank)}

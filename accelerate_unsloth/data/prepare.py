@@ -1,29 +1,25 @@
 """
-Tokenise once a node.
+Tokenise once per node.
 
 TRL's preparation runs on every rank, one after the other, and Unsloth's on all at once. Here the first process of each
-node runs it and writes the result, with the length of each sample, to the datasets cache; all processes of the node map
-that file. The others run the preparation on a few rows, because it also sets up the trainer (its collator, its
-arguments).
+node runs it, and all processes of the node map the files of its result. The others run the preparation on a few rows,
+because it also sets up the trainer (its collator, its arguments).
 """
 
-import hashlib
-import os
-import shutil
-import socket
+import functools
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import datasets
 import pyarrow.compute as pc
 from accelerate import PartialState
+from datasets.formatting import query_table
 
 from ..channel import channel
 from ..ledger import Ledger
 from ..topology import topology
-from .lengths import write_lengths
 from .loader import IGNORED
+from .shared_rows import open_shared, share
 
 _PROBE_ROWS = 8
 
@@ -38,26 +34,31 @@ def prepare_once(dataset, prepare: Callable, split: str):
         split (`str`): Name of the split, for messages.
 
     Returns:
-        The prepared data set, the same file on all processes of a node.
+        The prepared dataset, mapped from the same files by all processes of a node.
 
     Raises:
         PeerFailure: on the waiting ranks if the preparation fails on their node's first process.
     """
     if topology().world_size == 1 or not isinstance(dataset, datasets.Dataset):
         return prepare(dataset)
+    prepared = functools.cache(lambda: prepare(dataset))
     with _without_ordering():
-        folder = channel().run_on_local_main(f"prepare/{split}", lambda: str(_write(prepare(dataset))))
-        if not topology().is_local_main:
-            _set_up_trainer(dataset, prepare)
-    return datasets.load_from_disk(folder)
+        shared = channel().run_on_local_main(f"prepare/{split}", lambda: share(prepared()))
+        like = prepared() if topology().is_local_main else _set_up_trainer(dataset, prepare)
+    # Nodes that share a cache replace each other's files, which are mapped when no node writes any more.
+    channel().gather(f"prepared/{split}", True)
+    return open_shared(shared, like)
 
 
-def _set_up_trainer(dataset, prepare: Callable) -> None:
-    """For its effects on the trainer only, on a few rows; on all where these few cannot be prepared on their own."""
+def _set_up_trainer(dataset: datasets.Dataset, prepare: Callable):
+    """Prepare a few rows, for the effects on the trainer; all rows where these few cannot be prepared alone."""
+    table = query_table(dataset.data, range(min(_PROBE_ROWS, len(dataset))), indices=dataset._indices)
+    # In memory, so that `map` leaves no files of these rows in the cache.
+    few = datasets.Dataset(table, dataset.info, dataset.split).with_format(**dataset.format)
     try:
-        prepare(dataset.select(range(min(_PROBE_ROWS, len(dataset)))))
-    except Exception:  # whatever it is, the whole data set has just been prepared on another process
-        prepare(dataset)
+        return prepare(few)
+    except Exception:  # hides nothing: an error that does not come from the number of rows is raised again
+        return prepare(dataset)
 
 
 @contextmanager
@@ -73,24 +74,6 @@ def _without_ordering():
         yield
     finally:
         patches.undo()
-
-
-def _write(prepared: datasets.Dataset) -> Path:
-    """Write to the cache under the fingerprint; complete or absent, also where nodes share the folder."""
-    # A digest of it, because one that was read from a disk may be any text, such as a path.
-    name = hashlib.sha256(prepared._fingerprint.encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "accelerate_unsloth" / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}")
-    prepared.save_to_disk(str(beside))
-    write_lengths(prepared, beside)
-    try:
-        os.rename(beside, folder)
-    except OSError:  # another node was first
-        shutil.rmtree(beside)
-    return folder
 
 
 def check_not_empty(dataset, split: str) -> None:

@@ -169,10 +169,11 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         return args
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
-        """TRL's or Unsloth's preparation, once a node."""
+        """Run TRL's or Unsloth's preparation, once per node; the last argument of both is the name of the split."""
         check_not_empty(dataset, "given")
         prepare = super()._prepare_dataset
-        return prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), "data")
+        split = kwargs.get("dataset_name") or args[-1]
+        return prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), split)
 
     # ---- The step ----
 

@@ -5,6 +5,7 @@ Options are JSON on the command line: `{"args": SFTConfig arguments, "lora": ...
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,9 +50,11 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         model = FastLanguageModel.get_peft_model(
             model, **{"r": 4, "use_gradient_checkpointing": False} | options.get("lora", {})
         )
-    rows = datasets.Dataset.from_json(data_file, cache_dir=str(out / "json_cache"))
+    cache = Path(os.environ.get("HF_HOME", out)) / "json_cache"  # of this machine, where it has one of its own
+    rows = datasets.Dataset.from_json(data_file, cache_dir=str(cache))
     evaluation = rows.select(range(7)) if options.get("evaluate") else None
     rows = rows.to_iterable_dataset() if options.get("stream") else rows
+    rows = datasets.Dataset.from_list(rows.to_list()) if options.get("in_memory") else rows
     maps = count_mapped_rows()
     trainer = SFTTrainer(
         model,
@@ -86,6 +89,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "micro_batch_tokens": trainer.micro_batch.token_budget,
         "samples_dealt": "balanced" if trainer.balances_tokens else "planned",
         "mapped_rows": maps,
+        "data_files": [file["filename"] for file in getattr(trainer.train_dataset, "cache_files", [])],
         "saves": saves,
         "store_requests": requests.noted,
         "skipped_samples": trainer.skipped_samples,
