@@ -8,10 +8,14 @@ import pytest
 # Losses, step by step: about three significant digits.
 BF16_ROUNDING = 1e-2
 
-# The next two were set by emulation: SmolLM2-135M in float32, with each layer's outputs and each gradient rounded to bfloat16,
-# LoRA of rank 8, 20 steps of the data used here. Gradient norms have no bound, because of steps with a handful of tokens.
-GRADIENT_NORMS = 2e-2  # median; emulated rounding 0.004, ranks weighted alike 0.07, ranks that do not meet 0.14
-CHANGE_OF_WEIGHTS = 0.15  # relative; emulated rounding 0.05, ranks that do not meet 0.26, ranks weighted alike 0.65
+# Both were set by emulation: SmolLM2-135M in float32, with each layer's outputs and each gradient rounded to bfloat16, LoRA of
+# rank 8, 12 to 20 steps of two kinds of data. Neither is a maximum over steps: rounding alone moves the gradient of a few steps
+# a lot.
+#                          rounding       ranks weighted alike   ranks that do not meet
+# median of norms          0.004          0.07 to 0.12           0.14 to 0.55
+# change of all weights    0.05 to 0.18   0.28 to 0.65           0.26 to 0.82
+GRADIENT_NORMS = 2e-2
+CHANGE_OF_WEIGHTS = 0.25
 
 
 def assert_same_training(one: dict, other: dict) -> None:
@@ -21,8 +25,13 @@ def assert_same_training(one: dict, other: dict) -> None:
     Losses hardly show a gradient of the wrong size, because Adam divides by it; gradient norms do.
     """
     assert other["losses"] == pytest.approx(one["losses"], rel=BF16_ROUNDING)
+    assert difference_of_norms(one, other) < GRADIENT_NORMS
+
+
+def difference_of_norms(one: dict, other: dict) -> float:
+    """Median over the steps, relative to the first case."""
     pairs = zip(one["gradient_norms"], other["gradient_norms"], strict=True)
-    assert median(abs(a - b) / a for a, b in pairs) < GRADIENT_NORMS
+    return median(abs(a - b) / a for a, b in pairs)
 
 
 def difference_of_changes(one: Path, other: Path) -> float:

@@ -5,10 +5,11 @@ Fixtures of the GPU tests: real Unsloth, real kernels, NCCL. Needs pytest and py
     pytest tests/gpu -k "moe or frozen"       only the cases of these tests, in one launch per number of processes
     pytest tests/gpu -m "not multi_gpu"       what one GPU can run
 
-A launch that takes longer than LAUNCH_TIMEOUT_S (400 s) is ended, which fails the case it was in and those after it. Ctrl-C ends
-all launches and shows what is done. `make demo` once makes the model they use; MODEL names another, and without either it has random weights. What launches
-print is in `output.txt` below pytest's `--basetemp`. A test marked with `cases(two="moe")` reads what that case returned
-in the launch of that name, see `cases/__init__.py`.
+A launch that takes longer than LAUNCH_TIMEOUT_S (400 s) is ended, which fails the case it was in and those after it. Ctrl-C
+ends all launches and shows what is done. `make demo` once makes the model they use; MODEL names another, and without either
+it has random weights. What launches print is in `output.txt` below pytest's `--basetemp`.
+
+A test marked with `cases(two="moe")` reads what that case returned in the launch of that name, see `cases/__init__.py`.
 """
 
 import os
@@ -67,5 +68,5 @@ def outcome(suite):
 def pytest_terminal_summary(terminalreporter, config):
     if _SUITE in config.stash:
         terminalreporter.section("seconds by launch and case (the first case of a launch includes all imports)")
-        for line in config.stash[_SUITE].times():
+        for line in [*config.stash[_SUITE].times(), *config.stash[_SUITE].notes]:
             terminalreporter.line(line)

@@ -72,6 +72,7 @@ class Suite:
     def __init__(self, folder: Path, wanted: dict[str, list[str]], gpus: list[str], config: str = "unsloth_ddp"):
         self.folder, self.wanted, self.seconds, self._config = folder, wanted, {}, config
         self._running, self._is_stopped = [], False
+        self.notes = []  # measured by tests, shown at the end
         last = ["one", "margin"]
         phases = [["two"], last] if len(gpus) > 1 else [[name] for name in last]
         self._phases = [[name for name in phase if wanted.get(name)] for phase in phases]

@@ -29,8 +29,9 @@ def test_a_run_ends_in_order_with_the_losses_of_recomputation(name, outcome):
     assert found["recomputes_at_end"] == (found["checkpointing"] != "none")
 
 
-@pytest.mark.cases(margin=["auto", "busy"])
-@pytest.mark.parametrize("name", ["auto", "busy"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.cases(margin=name), id=name) for name in ("auto", "busy")]
+)
 def test_activations_are_kept_where_they_fit_within_the_fraction(name, outcome):
     found = outcome("margin", name)
     if found["total_gib"] < ENOUGH_GIB:
