@@ -23,6 +23,9 @@ def bench(
     plain_batches: Annotated[str, typer.Option(help="Per-device batches of plain Unsloth.")] = "4,8,16",
     batch: Annotated[int, typer.Option(help="Per-device batch that ours is given.")] = 16,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantize the weights.")] = True,
+    use_gradient_checkpointing: Annotated[
+        str, typer.Option(help="What the script passes to get_peft_model, such as unsloth; nothing by default.")
+    ] = "",
     with_trl: Annotated[bool, typer.Option(help="Also TRL and PEFT without Unsloth.")] = True,
     equal_share: Annotated[
         bool, typer.Option(help="As many samples of a step on each process: --effective-batch is that of the most.")
@@ -49,6 +52,9 @@ def bench(
         sizes = [int(size) for size in plain_batches.split(",") if size]
         runs = plan(counts, sizes, batch, with_trl, ablation)
         work = Workload(str(folder), str(data.absolute()), steps, effective_batch, max_length, load_in_4bit)
+    if use_gradient_checkpointing:
+        asked_for = {"use_gradient_checkpointing": use_gradient_checkpointing}
+        runs = [replace(run, lora=run.lora | asked_for) for run in runs]
     works = [work_of(run, work, max(counts) if equal_share else run.processes) for run in runs]
     results = []
     for run, its_work in zip(runs, works, strict=True):
