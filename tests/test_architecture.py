@@ -39,6 +39,7 @@ ROOMS += [
     "watchdog",
     "buffers",
     "checksum",
+    "grad_scaler",
     "reduction",
     "optimizer_state",
     "memory",

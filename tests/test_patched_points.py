@@ -57,7 +57,9 @@ POINTS = {
     "trl.trainer:SFTTrainer.__init__": ["self", "model", "args"],
     "trl.trainer.sft_trainer:SFTTrainer.__init__": ["self", "model", "args"],
     "torch.distributed:rendezvous": ["url"],
-    "trl.trainer.utils:_ChunkedLogProbFunction.apply": [],
+    "trl.trainer.utils:_ChunkedLogProbFunction.forward": [
+        "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
+    ],
     "transformers.models.mixtral.modeling_mixtral:load_balancing_loss_func": [
         "gate_logits", "num_experts", "top_k", "attention_mask",
     ],
