@@ -1,6 +1,7 @@
 """From a sampler's micro-batches to tensors: a DataLoader whose fillers carry no labels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,16 @@ class Slot(list):
     Attributes:
         samples (`list[list[int]]`): Indices of the samples of each, as the sampler gave them.
     """
+
+
+@dataclass
+class MicroBatch:
+    """One forward and backward of this rank."""
+
+    inputs: dict
+    items: int  # positions whose loss counts; 0 for a filler
+    samples: list[int]  # indices into the training data; empty where we did not deal them, or do not need them
+    filler: bool = False  # there to keep ranks in step; belongs to another rank
 
 
 class _Filler(dict):

@@ -8,8 +8,6 @@ that it relies on are listed in `tests/test_patched_points.py`.
 
 import functools
 import math
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 
 from ..engines.loaded import choice
@@ -20,43 +18,38 @@ from accelerate.utils import DistributedType
 
 from .. import agreement, report, saving
 from ..channel import channel
-from ..data.loader import PlannedDataLoader, Slot, count_items, count_tokens
+from ..data.loader import MicroBatch, Slot, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
 from ..grad_scaler import allow_steps_without_gradients
 from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
-from ..policies import loss as loss_policy
 from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
 from ..topology import topology
-from . import log_probs, loss
+from . import loss
 from .checkpointing import CheckpointMixin
+from .evaluation import EvaluationMixin
 from .guards import GuardMixin
+from .losses import METRICS, LossMixin
 from .out_of_memory import OutOfMemoryMixin
 from .planning import PlanningMixin
 from .probing import ProbeMixin
 from .reporting import ReportMixin
-from .router_balance import RouterBalance
 
-log_probs.install()
-
-# What TRL's losses note for each micro-batch, and Unsloth's leave out (trl 1.15.0, unsloth 2026.10.9).
-_METRICS = ("entropy", "mean_token_accuracy", "aux_loss")
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-@dataclass
-class MicroBatch:
-    """One forward and backward of this rank."""
-
-    inputs: dict
-    items: int  # positions whose loss counts; 0 for a filler
-    samples: list[int]  # indices into the training data; empty where we did not deal them, or do not need them
-    filler: bool = False  # there to keep ranks in step; belongs to another rank
-
-
-class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMemoryMixin, PlanningMixin, ProbeMixin):
+class DistributedTrainerMixin(
+    GuardMixin,
+    ReportMixin,
+    CheckpointMixin,
+    EvaluationMixin,
+    LossMixin,
+    OutOfMemoryMixin,
+    PlanningMixin,
+    ProbeMixin,
+):
     """
     Mixin for trainers of the kind of TRL's SFTTrainer: a loss over labelled tokens. Put it first among the bases.
 
@@ -87,16 +80,12 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         self._reducer = None
         self._step_items = self._step_tokens = None
         self._in_step = False
-        self._eval_sums = None
-        self._metric_book = loss.MetricBook(_METRICS)
         with muted_prints():
             super().__init__(*args, **kwargs)
         if self.args.log_level_replica == "warning":  # the default, under which Unsloth's banners come from every rank
             mute_libraries()
         check_has_labels(self.train_dataset, "training")
         self._check_launch()
-        self._check_metric()
-        self._balance = RouterBalance(self.model.config) if getattr(self, "aux_loss_enabled", False) else None
         self._monitor = Monitor(self.args.device)
         if self.plugin.monitor:
             self.add_callback(self._monitor)
@@ -123,24 +112,11 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
                 "data parallelism. Launch with unsloth_ddp.yaml, or use trl's own trainer."
             )
 
-    def _check_metric(self) -> None:
-        """Reject a best metric that no evaluation will log, which the Trainer finds out after the first one."""
-        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
-        missing = choice.name == "unsloth" and self.compute_metrics is None and metric in _METRICS
-        if missing and self.args.eval_strategy != "no":
-            raise ValueError(
-                f"metric_for_best_model={self.args.metric_for_best_model!r} is not logged with Unsloth, whose loss builds no "
-                "logits. Use 'eval_loss', or compute the metric in compute_metrics."
-            )
-
     def _resolve_policies(self) -> None:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         world_size = self.accelerator.num_processes
         self._gradients_are_small = trainable <= gradient_sync.AFTER_BACKWARD_MAX_TRAINABLE
-        custom = loss.is_custom(self)
-        takes_count = self.model_accepts_loss_kwargs
-        self.loss = None if custom else loss_policy.own(takes_count)  # a custom one is tried on the first micro-batch
-        takes_count = takes_count and not custom and self._balance is None
+        takes_count = self.model_accepts_loss_kwargs and self.loss is not None and self._balance is None
         total = sum(p.numel() for p in self.model.parameters())
         # It would start the training of one rank again, while the others go on. A micro-batch that does not fit is cut.
         self.args.auto_find_batch_size = False
@@ -203,7 +179,7 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         self._plan_step()
         if self._planned_sampler() is not None:
             self._try_custom_loss(self._first_micro_batches())
-        self._metric_book = loss.MetricBook(_METRICS)  # without the probe's
+        self._metric_book = loss.MetricBook(METRICS)  # without the probe's
         if self._balance is not None:
             self._undo_after_training.enter_context(self._balance.installed(self.model))
         if self.accelerator.scaler is not None:
@@ -212,22 +188,6 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
             torch.cuda.reset_peak_memory_stats(self.args.device)  # or the probe's, which is larger, would be reported
         report.show(self, choice)
         return prepared
-
-    def _first_micro_batches(self) -> list[MicroBatch]:
-        """This rank's work in the first step of the epoch, if a custom loss is to be tried on it."""
-        sampler = self._planned_sampler()
-        planned = sampler.plan(0)[sampler.rank] if self.loss is None else []
-        return [MicroBatch(inputs, self._count_items(inputs), []) for inputs in map(self._collate, planned)]
-
-    def _try_custom_loss(self, batches: list[MicroBatch]) -> None:
-        """Find out how a custom loss uses the item count, unless it is known; all ranks come here together."""
-        if self.loss is not None:
-            return
-        batch = next((batch for batch in batches if batch.items), None)
-        ratio = None if batch is None else loss.count_ratio(self, batch.inputs, batch.items)
-        ratios = channel().gather("custom loss", ratio)
-        if any(ratio is not None for ratio in ratios):
-            self.loss = loss_policy.resolve(ratios)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-steps of this rank's next optimizer step, each a [`Slot`] of [`MicroBatch`]es."""
@@ -252,23 +212,6 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
         self._try_custom_loss(work)
         self._count_routes([batch for batch in work if batch.items])
         return slots, num_items
-
-    def _count_routes(self, batches: list[MicroBatch]) -> None:
-        """Let a mixture of experts' balancing loss be that of the whole step, which several micro-batches make up."""
-        if self._balance is None or (self.accelerator.num_processes == 1 and len(batches) <= 1):
-            return
-
-        def forward(inputs):
-            with self.compute_loss_context_manager():
-                unlabelled = {name: value for name, value in inputs.items() if "labels" not in name}
-                options = {"output_router_logits": True, "use_cache": False, "logits_to_keep": 1}
-                self.model_wrapped(**self._prepare_inputs(unlabelled), **options)
-
-        self.model.train()
-        device = self.args.device
-        # The same dropout as in the forwards with gradients, which draw in the same order.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self._balance.count((functools.partial(forward, batch.inputs) for batch in batches), self._step_items)
 
     def _micro_batches(self, slot: Slot) -> list[MicroBatch]:
         samples = getattr(slot, "samples", [[]] * len(slot))
@@ -365,27 +308,6 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
                 together[name] = torch.cat(rows, dim=1) if rows else torch.empty(1, 0, dtype=torch.long)
         super()._track_num_input_tokens(together)
 
-    @contextmanager
-    def _alone(self, items: int, weight=None):
-        """Compute losses on this rank alone, multiplied by `weight`, with their metrics in our book."""
-        own = self.compute_loss
-
-        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
-            if self._balance is not None:  # models with a vision tower take it as an argument only
-                inputs = {**inputs, "output_router_logits": True}
-            noted = getattr(self, "_metrics", {}).get("train" if self.model.training else "eval", {})
-            noted.clear()
-            result = own(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            self._metric_book.take(noted, items)
-            if weight is None:
-                return result
-            value, *outputs = result if return_outputs else (result,)
-            value = value * weight.to(value.dtype)
-            return (value, *outputs) if return_outputs else value
-
-        with loss.without_collectives(self.accelerator), loss.replaced(self, compute_loss):
-            yield
-
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             tokens = self._num_tokens
@@ -399,37 +321,6 @@ class DistributedTrainerMixin(GuardMixin, ReportMixin, CheckpointMixin, OutOfMem
             if self.plugin.monitor:
                 logs |= self._read_ranks()
         return super().log(logs, *args, **kwargs)
-
-    # ---- Evaluation ----
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        """The stock loop; without metrics of one's own the loss is the exact mean over all tokens of all ranks."""
-        exact = isinstance(dataloader, PlannedDataLoader)
-        self._eval_sums = [0.0, 0] if exact else None
-        self._eval_batches_left = dataloader.batch_sampler.num_real if exact else None
-        training_book, self._metric_book = self._metric_book, loss.MetricBook(_METRICS)
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        book, self._metric_book = self._metric_book, training_book
-        metrics = book.means(self.args.device)
-        if exact:
-            losses, items = zip(*channel().gather("evaluation", self._eval_sums), strict=True)
-            metrics["loss"] = sum(losses) / sum(items) if any(items) else float("nan")
-            self._eval_sums = None
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
-        items = self._count_items(inputs)
-        if self._eval_sums is not None:
-            self._eval_batches_left -= 1
-            if not items or self._eval_batches_left < 0:
-                return torch.zeros((), device=self.args.device), None, None
-        with self._alone(items):
-            value, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        if self._eval_sums is not None:
-            self._eval_sums[0] += value.item() * items
-            self._eval_sums[1] += items
-        return value, logits, labels
 
     # ---- Saving ----
 
