@@ -37,7 +37,7 @@ def resolve(requested: str, visible_gpus: int, use_cpu: bool) -> EngineChoice:
     """
     if requested == "unsloth":
         if use_cpu or visible_gpus == 0:
-            where = "this launch was told to use the CPU" if use_cpu else "no GPU is visible to this process"
+            where = "this launch was told to use the CPU" if visible_gpus else "no GPU is visible to this process"
             raise ValueError(
                 f"engine='unsloth' was asked for, but {where}, and Unsloth's kernels need one. Use a GPU, or leave "
                 "ACCELERATE_UNSLOTH_ENGINE at 'auto' for transformers and PEFT."
@@ -45,10 +45,10 @@ def resolve(requested: str, visible_gpus: int, use_cpu: bool) -> EngineChoice:
         return EngineChoice("unsloth", "asked for")
     if requested == "reference":
         return EngineChoice("reference", "asked for")
-    if use_cpu:
-        return EngineChoice("reference", "the launch uses the CPU, where Unsloth's kernels cannot run")
     if visible_gpus == 0:
         return EngineChoice("reference", "no GPU is visible, and Unsloth's kernels need one")
+    if use_cpu:
+        return EngineChoice("reference", "the launch uses the CPU, where Unsloth's kernels cannot run")
     return EngineChoice("unsloth", f"{visible_gpus} GPU(s) visible")
 
 

@@ -20,7 +20,7 @@ distributed.close_process_group_at_exit()
 _plugin = UnslothPlugin()
 _use_cpu = uses_cpu()
 
-choice = resolve(_plugin.engine, 0 if _use_cpu else torch.cuda.device_count(), _use_cpu)
+choice = resolve(_plugin.engine, torch.cuda.device_count(), _use_cpu)
 quiet_other_ranks(_plugin)
 if not _use_cpu:
     if choice.name == "unsloth":

@@ -14,7 +14,7 @@ import datasets
 import torch
 from safetensors.torch import save_file
 
-from accelerate_unsloth.trainers.sft import _PlainLossSFTTrainer  # TRL's with a loss that runs without a GPU
+from accelerate_unsloth.trainers.sft import _ReferenceSFTTrainer  # TRL's with a loss that runs without a GPU
 from tests.workers.train import ARGUMENTS
 
 
@@ -22,7 +22,7 @@ def main(model_folder: str, data_file: str, out: str) -> None:
     out = Path(out)
     model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128)
     model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
-    trainer = _PlainLossSFTTrainer(
+    trainer = _ReferenceSFTTrainer(
         model,
         SFTConfig(
             str(out / "run"),
