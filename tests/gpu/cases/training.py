@@ -31,6 +31,7 @@ def make_trainer(case, model, tokenizer, rows, args=None, plugin=None, callbacks
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "dataset_num_proc": 1,  # starting processes takes longer than these rows
         "seed": 3,
     }
     if not case.on_gpu:
@@ -39,7 +40,7 @@ def make_trainer(case, model, tokenizer, rows, args=None, plugin=None, callbacks
         model,
         SFTConfig(str(case.out / "run"), **arguments | (args or {})),
         train_dataset=rows,
-        eval_dataset=rows.select(range(15)) if evaluated is None else evaluated,
+        eval_dataset=evaluated,
         processing_class=tokenizer,
         plugin=UnslothPlugin(**plugin or {}),
         callbacks=list(callbacks),
@@ -90,7 +91,9 @@ def fine_tune(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()} if measure else {}
     callbacks = [FillMemory()] if fill_memory_of_rank == case.rank else []
-    trainer = make_trainer(case, model, tokenizer, rows_of(case), args, plugin, callbacks)
+    rows = rows_of(case)
+    evaluated = rows.select(range(15)) if evaluate else None
+    trainer = make_trainer(case, model, tokenizer, rows, args, plugin, callbacks, evaluated)
     eval_losses = [trainer.evaluate()["eval_loss"]] if evaluate else []
     trainer.train(resume_from_checkpoint=str(case.shared / resume) if resume else None)
     if evaluate:
