@@ -1,5 +1,7 @@
 """Fine-tunes of small models: each case returns losses, gradient norms, and where memory was held."""
 
+import os
+
 import accelerate_unsloth
 from accelerate_unsloth import SFTConfig, SFTTrainer, UnslothPlugin
 
@@ -12,8 +14,10 @@ from transformers import TrainerCallback
 STEPS = 20
 
 
-def load(case, model="real", loader="FastLanguageModel", load=None, lora=None):
+def load(case, model="real", loader="FastLanguageModel", load=None, lora=None, compiles_blocks=True):
     """The model with its adapters, unless all of it is trained, and its tokenizer."""
+    if not compiles_blocks:  # until the end of the case
+        os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
     loader, load = getattr(accelerate_unsloth, loader), {"load_in_4bit": False, "max_seq_length": 512} | (load or {})
     loaded, tokenizer = loader.from_pretrained(case.material(model), **load)
     if not load.get("full_finetuning"):
