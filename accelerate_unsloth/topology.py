@@ -119,7 +119,7 @@ def declare_cpu_launch() -> None:
     Raises:
         RuntimeError: if accelerate's state exists already and knows of one process only.
     """
-    world_size = topology().world_size
+    world_size = Topology.from_environment().world_size  # not kept: a script may set the variables later
     if world_size == 1 or uses_cpu():
         return
     import torch

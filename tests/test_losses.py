@@ -17,14 +17,16 @@ from . import tiny
 from .launching import WORKERS, launch, result
 
 EXACT = ["nll", "smoothed", "dft", "mean", "scaled", "mean function", "dividing function", "experts"]
-EXACT.append("experts, not balanced")
+EXACT += ["experts, scaled", "experts, not balanced"]
 
 # launch: (processes, per-device batch, accumulation, options of ours)
 LAUNCHES = {
     "one, accumulated": (1, 1, 4, {}),
     "two": (2, 1, 2, {}),
     "three, to a budget": (3, 4, 1, {"micro_batch_tokens": 260}),
+    "one, split for lack of memory": (1, 4, 1, {}),
 }
+MEMORY_TOKENS = 160
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,8 @@ def run(models, uneven_data, tmp_path_factory):
 def launched(run, name):
     processes, micro_batch, accumulation, plugin = LAUNCHES[name]
     # Three processes have effective batches of 12, as the oracle has then.
-    return run(processes, micro_batch, accumulation, plugin=plugin)
+    limited = {"memory_tokens": MEMORY_TOKENS} if "memory" in name else {}
+    return run(processes, micro_batch, accumulation, plugin=plugin, **limited)
 
 
 def oracle(run, name):
@@ -96,6 +99,12 @@ def test_the_balancing_loss_of_a_step_is_logged(run, name):
     ours, plain = launched(run, name), oracle(run, name)
     assert logged(ours, "experts", "aux_loss") == pytest.approx(logged(plain, "experts", "aux_loss"), rel=1e-5)
     assert logged(ours, "experts, not balanced", "aux_loss") == []
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_metric_of_the_users_own_is_logged_as_by_trl(run, name):
+    assert set(logged(launched(run, name), "scaled", "doubled")) == {2.0}
 
 
 @pytest.mark.launch

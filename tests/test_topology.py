@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from accelerate_unsloth import topology
 from accelerate_unsloth.topology import Topology, is_located
 
 from .launching import WORKERS, Finished, finish, result, start
@@ -90,3 +91,10 @@ def test_ranks_that_no_launcher_started_train_together(
     assert [max(result(tmp_path, rank)["mapped_rows"]) for rank in (0, 1)] == mapped_rows
     assert "Traceback" not in output
     assert "waitForInput" not in output
+
+
+def test_importing_the_package_does_not_settle_the_place(monkeypatch):
+    """A script may copy the variables of its scheduler after the import."""
+    monkeypatch.setattr(topology, "_place", None)
+    topology.declare_cpu_launch()
+    assert topology._place is None

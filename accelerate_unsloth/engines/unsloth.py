@@ -10,6 +10,8 @@ from ..quiet import muted_prints
 from ..topology import topology
 from . import check_model_name, environment, placement
 
+_ASKED_FOR = "_accelerate_unsloth_checkpointing_asked"  # read by trainers/planning.py
+
 
 def _import_unsloth():
     try:
@@ -70,6 +72,7 @@ def _for_several_processes(base):
                 model, tokenizer = base.from_pretrained(*args, **kwargs)
             if topology().world_size > 1:
                 placement.check_placement((p.device for p in model.parameters()), placement.this_device())
+            setattr(model, _ASKED_FOR, kwargs.get("use_gradient_checkpointing"))
             saving.guard(model)
             saving.guard(tokenizer)
             return model, tokenizer
@@ -77,13 +80,13 @@ def _for_several_processes(base):
         @staticmethod
         @functools.wraps(base.get_peft_model)
         def get_peft_model(model, *args, **kwargs):
-            asked_for = kwargs.get("use_gradient_checkpointing")
+            asked_for = kwargs.get("use_gradient_checkpointing", getattr(model, _ASKED_FOR, None))
             if asked_for == "auto":  # loaded with Unsloth's default, which the trainer may switch off
                 del kwargs["use_gradient_checkpointing"]
                 asked_for = None
             with muted_prints():
                 model = base.get_peft_model(model, *args, **kwargs)
-            model._accelerate_unsloth_checkpointing_asked = asked_for
+            setattr(model, _ASKED_FOR, asked_for)
             saving.guard(model)
             return model
 

@@ -51,6 +51,7 @@ def resolve(
     with_: int,
     longest: int,
     rank_tokens: float,
+    has_way_back: bool = True,
 ) -> CheckpointingChoice:
     """
     Choose by estimated time.
@@ -63,6 +64,8 @@ def resolve(
         with_ (`int`): And with it.
         longest (`int`): Tokens of the longest sample.
         rank_tokens (`float`): Mean tokens of a rank in a step.
+        has_way_back (`bool`, *optional*, defaults to `True`):
+            Whether a rank that runs out of memory in a step can recompute activations from there on.
 
     Returns:
         [`CheckpointingChoice`]
@@ -81,6 +84,8 @@ def resolve(
         return CheckpointingChoice("none", "the script switched it off")
     if not without:
         return CheckpointingChoice("unchanged", "memory is not planned here")
+    if not has_way_back:
+        return CheckpointingChoice("unchanged", "gradients are too large to repeat a micro-batch that does not fit")
     if longest > without:
         return CheckpointingChoice("unsloth", f"the longest sample has {longest} tokens, and {without} fit without it")
     if step_cost(rank_tokens, without, False) > step_cost(rank_tokens, with_, True):

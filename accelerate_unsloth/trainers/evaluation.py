@@ -19,13 +19,15 @@ class EvaluationMixin:
         self._eval_sums = [0.0, 0] if exact else None
         self._eval_batches_left = dataloader.batch_sampler.num_real if exact else None
         training_book, self._metric_book = self._metric_book, loss.MetricBook(METRICS)
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        book, self._metric_book = self._metric_book, training_book
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            book, self._metric_book = self._metric_book, training_book
+            sums, self._eval_sums = self._eval_sums, None
         metrics = book.means(self.args.device)
         if exact:
-            losses, items = zip(*channel().gather("evaluation", self._eval_sums), strict=True)
+            losses, items = zip(*channel().gather("evaluation", sums), strict=True)
             output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(items) if any(items) else float("nan")
-            self._eval_sums = None
         for name, value in metrics.items():  # one of the user's own by that name stays
             output.metrics.setdefault(f"{metric_key_prefix}_{name}", value)
         return output

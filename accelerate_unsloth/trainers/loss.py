@@ -6,7 +6,7 @@ metrics; they are kept as sums here and reduced over all ranks where they are lo
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -69,12 +69,15 @@ def count_ratio(trainer, inputs: dict[str, Any], items: int) -> float | None:
     Returns:
         `float`: `None` if the loss is zero or not finite.
     """
-    device = trainer.args.device
+    device, balance = trainer.args.device, trainer._balance
     losses = []
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # the Trainer sets it anew before each step
     for count in (items, 2 * items):
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             without_collectives(trainer.accelerator),
+            nullcontext() if balance is None else balance.left_out(),  # it is not divided by the count
             trainer.compute_loss_context_manager(),
         ):
             prepared = trainer._prepare_inputs(dict(inputs))
@@ -99,12 +102,11 @@ class MetricBook:
         self._items = dict.fromkeys(names, 0)
 
     def take(self, noted: dict[str, list[float]], items: int) -> None:
-        """Move what a loss over `items` positions has noted into the sums; what is not known by name is dropped."""
+        """Move what a loss over `items` positions has noted by these names into the sums."""
         for name in self.names:
-            for value in noted.get(name, ()):
+            for value in noted.pop(name, ()):
                 self._sums[name] += value * items
                 self._items[name] += items
-        noted.clear()
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Return the means since the last call; all ranks come here together."""

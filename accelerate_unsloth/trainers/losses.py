@@ -41,11 +41,13 @@ class LossMixin:
                 "logits. Use 'eval_loss', or compute the metric in compute_metrics."
             )
 
-    def _first_micro_batches(self) -> list[MicroBatch]:
-        """This rank's work in the first step of the epoch, if a custom loss is to be tried on it."""
+    def _first_sample(self) -> list[MicroBatch]:
+        """Return this rank's first sample of the epoch, if a custom loss is to be tried on it."""
         sampler = self._planned_sampler()
         planned = sampler.plan(0)[sampler.rank] if self.loss is None else []
-        return [MicroBatch(inputs, self._count_items(inputs), []) for inputs in map(self._collate, planned)]
+        with torch.random.fork_rng([]):  # a collator may draw
+            batches = [self._collate(samples[:1]) for samples in planned[:1]]
+        return [MicroBatch(inputs, self._count_items(inputs), []) for inputs in batches]
 
     def _try_custom_loss(self, batches: list[MicroBatch]) -> None:
         """Find out how a custom loss uses the item count, unless it is known; all ranks come here together."""
@@ -58,8 +60,8 @@ class LossMixin:
             self.loss = loss_policy.resolve(ratios)
 
     def _count_routes(self, batches: list[MicroBatch]) -> None:
-        """Let a mixture of experts' balancing loss be that of the whole step, which several micro-batches make up."""
-        if self._balance is None or (self.accelerator.num_processes == 1 and len(batches) <= 1):
+        """Let a mixture of experts' balancing loss be that of the whole step."""
+        if self._balance is None:
             return
 
         def forward(inputs):
@@ -83,8 +85,8 @@ class LossMixin:
             if self._balance is not None:  # models with a vision tower take it as an argument only
                 inputs = {**inputs, "output_router_logits": True}
             noted = getattr(self, "_metrics", {}).get("train" if self.model.training else "eval", {})
-            noted.clear()
             result = own(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            noted.pop("num_tokens", None)  # ours is of all ranks
             self._metric_book.take(noted, items)
             if weight is None:
                 return result

@@ -177,11 +177,13 @@ class DistributedTrainerMixin(
         )
         self._resolve_attention()
         self._plan_step()
-        if self._planned_sampler() is not None:
-            self._try_custom_loss(self._first_micro_batches())
-        self._metric_book = loss.MetricBook(METRICS)  # without the probe's
         if self._balance is not None:
             self._undo_after_training.enter_context(self._balance.installed(self.model))
+        if self._planned_sampler() is not None:
+            self._try_custom_loss(self._first_sample())
+        for noted in getattr(self, "_metrics", {}).values():
+            noted.clear()  # what the probe and the trial have noted
+        self._metric_book = loss.MetricBook(METRICS)
         if self.accelerator.scaler is not None:
             self._undo_after_training.callback(allow_steps_without_gradients(self.accelerator.scaler).undo)
         if self.args.device.type == "cuda":
@@ -194,6 +196,8 @@ class DistributedTrainerMixin(
         self._monitor.begin_step()
         if self._in_step:  # a stream has ended inside of an effective batch; what is left of it belongs to no step
             self.model.zero_grad()
+            if self._balance is not None:
+                self._balance.end_step()
         self._in_step = True
         slots = [
             inputs if isinstance(inputs, Slot) else Slot([inputs]) for inputs in islice(epoch_iterator, num_batches)
@@ -315,9 +319,9 @@ class DistributedTrainerMixin(
                 tokens = self.accelerator.reduce(tokens, reduction="sum")
             logs["num_tokens"] = int(tokens.item())
             logs |= self._metric_book.means(self.args.device)
-            if self._balance is not None:
+            if self._balance is not None and self._balance.values:
                 values, self._balance.values = self._balance.values, []
-                logs["aux_loss"] = sum(values) / max(1, len(values))
+                logs["aux_loss"] = sum(values) / len(values)
             if self.plugin.monitor:
                 logs |= self._read_ranks()
         return super().log(logs, *args, **kwargs)

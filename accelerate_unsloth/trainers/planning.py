@@ -141,7 +141,11 @@ class PlanningMixin:
             with_=with_,
             longest=self._longest,
             rank_tokens=rank_tokens,
+            has_way_back=self._gradients_are_small,
         )
+        if self._balance is not None and choice.name == "unsloth" and self.plugin.gradient_checkpointing == "auto":
+            why = "the balancing loss of the experts has no gradient where Unsloth recomputes them"
+            self.checkpointing = checkpointing.CheckpointingChoice("none", why)
         self._apply_checkpointing()
         self._plan_micro_batches()
         if self.micro_batch.mode == "auto":

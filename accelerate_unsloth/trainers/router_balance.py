@@ -8,7 +8,8 @@ how a step is split. Exact here means: equal to TRL in one process with the whol
 
 Gradients flow through `p_e` alone, which is additive once `f_e` of the whole step is known. So each rank first runs its
 micro-batches without gradients, and one all-reduce of 2E + 2 numbers adds up the assignments of all ranks. Then each
-micro-batch contributes its share of `p_e`. The price is one more forward per micro-batch, where there are several.
+micro-batch contributes its share of `p_e`. The price is one more forward per micro-batch, also where a step has only one,
+because it may have to be split.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -131,6 +132,7 @@ class RouterBalance:
         # TRL takes it from there, at its first use.
         mixtral = vars(import_module("transformers.models.mixtral.modeling_mixtral"))
         found = {id(names): names for names in [mixtral, *_globals_of_forwards(model)]}
+        self.values, self._step = [], None
         patches = Ledger()
         for names in found.values():
             if callable(original := names.get(_LOSS)):
@@ -176,6 +178,15 @@ class RouterBalance:
         self.values.append(float(self._step.loss_with(assigned, rows)))
 
     @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Let the loss be zero."""
+        self._counted = []
+        try:
+            yield
+        finally:
+            self._counted = None
+
+    @contextmanager
     def weighing(self, items: torch.Tensor | float) -> Iterator[None]:
         """
         Train on a micro-batch whose loss is divided by `items` on its way into the rank's mean, which the share is not to be.
@@ -197,14 +208,10 @@ class RouterBalance:
         if self._counted is not None:
             self._counted.append(router_sums(gate_logits, top_k, attention_mask))
             return gate_logits[0].new_zeros(())
-        if not torch.is_grad_enabled():  # an evaluation
+        if self._step is None or not torch.is_grad_enabled():  # the probe, or an evaluation
             return original(gate_logits, num_experts, top_k, attention_mask)
-        if self._step is None:  # one micro-batch is the whole step
-            value = original(gate_logits, num_experts, top_k, attention_mask)
-            self.values.append(float(value))
-        else:
-            sums = router_sums(gate_logits, top_k, attention_mask)
-            value = sums.loss_with(self._step.assigned, self._step.rows) * self._weight
+        sums = router_sums(gate_logits, top_k, attention_mask)
+        value = sums.loss_with(self._step.assigned, self._step.rows) * self._weight
         if not value.requires_grad:
             raise ValueError(_NO_GRADIENT)
         return value

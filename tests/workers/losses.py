@@ -45,6 +45,7 @@ class Mean:
 
 class Scaled:
     def compute_loss(self, *args, **kwargs):
+        self._metrics["train"]["doubled"].append(2.0)  # a metric of the user's own, as TRL notes its own
         return 2 * super().compute_loss(*args, **kwargs)
 
 
@@ -65,6 +66,7 @@ KINDS = {
     "mean function": (None, {}, {"compute_loss_func": mean_func}),
     "dividing function": (None, {}, {"compute_loss_func": dividing_func}),
     "experts": (None, {"router_aux_loss_coef": 0.5}, {}),
+    "experts, scaled": (Scaled, {"router_aux_loss_coef": 0.5}, {}),
     "experts, not balanced": (None, {"router_aux_loss_coef": 0.0}, {}),
 }
 
@@ -107,10 +109,22 @@ def train(kind: str, models: str, data: str, out: Path, options: dict) -> dict:
         **plugin,
         **further,
     )
+    if "memory_tokens" in options:
+        limit_memory(model, options["memory_tokens"])
     trainer.train()
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"{kind}-{PartialState().process_index}.safetensors")
     return {"log": trainer.state.log_history, "loss": getattr(getattr(trainer, "loss", None), "reason", None)}
+
+
+def limit_memory(model, tokens: int) -> None:
+    """As on a GPU whose memory holds micro-batches of so many tokens, padding included, with gradients."""
+
+    def check(module, args, kwargs):
+        if torch.is_grad_enabled() and kwargs["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Simulated above {tokens} tokens")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def main(models: str, data: str, out: str, options: dict) -> None:
