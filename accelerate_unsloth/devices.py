@@ -82,7 +82,9 @@ class DeviceManager:
     ```
     """
 
-    def __init__(self, reader=None, environment: Mapping[str, str] = os.environ):
+    def __init__(self, reader=None, environment: Mapping[str, str] | None = None):
+        # Looked up at each call: `datasets.map(num_proc=2)` replaces `os.environ` by a copy (datasets 4.8, arrow_dataset.py).
+        environment = os.environ if environment is None else environment
         import psutil
 
         self._reader = NvmlReader() if reader is None else reader

@@ -56,7 +56,7 @@ def is_secret_name(name: str) -> bool:
     return bool(_SECRET_NAME.search(name)) and not _VOCABULARY.search(name)
 
 
-def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
+def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
     """
     Text without what looks like a secret, or is one in the environment.
 
@@ -64,6 +64,7 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
         text (`str`): Any text.
         environment (`Mapping[str, str]`, *optional*): Where known secrets are looked up, by the names of variables.
     """
+    environment = os.environ if environment is None else environment
     names = [name for name in environment if is_secret_name(name) and name not in _FOLDERS]
     known = [environment[name] for name in names if len(environment[name]) >= _SHORTEST]
     for value in sorted(known, key=len, reverse=True):  # one may be a part of another
@@ -73,7 +74,7 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
     return text
 
 
-def command_without_secrets(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:
+def command_without_secrets(words: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
     """
     A command line without the values of its secret arguments.
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _LOCAL_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -29,8 +30,10 @@ class Topology:
     local_main: int = 0
 
     @classmethod
-    def from_environment(cls, environment=os.environ) -> "Topology":
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Topology":
         """Read the variables that torchelastic sets. Unless [`is_located`], only `rank` and `world_size` are reliable."""
+
+        environment = os.environ if environment is None else environment
 
         def read(name, default):
             return int(environment.get(name, default))
@@ -47,7 +50,7 @@ class Topology:
         )
 
     @classmethod
-    def from_hosts(cls, hosts: list[str], rank: int, environment=os.environ) -> "Topology":
+    def from_hosts(cls, hosts: list[str], rank: int, environment: Mapping[str, str] | None = None) -> "Topology":
         """
         Find out which ranks share a node by the names of their machines.
 
@@ -56,6 +59,7 @@ class Topology:
             rank (`int`): Index of this process among all processes.
             environment (`Mapping[str, str]`, *optional*): Its `LOCAL_RANK`, where there is one, decides the local rank.
         """
+        environment = os.environ if environment is None else environment
         neighbours = [other for other, host in enumerate(hosts) if host == hosts[rank]]
         return cls(
             rank=rank,
@@ -92,8 +96,9 @@ def relocate(place: Topology) -> None:
     _place = place
 
 
-def is_located(environment=os.environ) -> bool:
+def is_located(environment: Mapping[str, str] | None = None) -> bool:
     """Whether the launcher tells which ranks share a node. `srun` and `mpirun` leave some of its variables out."""
+    environment = os.environ if environment is None else environment
     alone = int(environment.get("WORLD_SIZE", 1)) == 1
     return alone or all(name in environment for name in _LOCAL_VARIABLES)
 

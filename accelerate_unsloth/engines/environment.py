@@ -12,7 +12,7 @@ _UNSLOTH_MODES = {"UNSLOTH_FSDP2": 0, "UNSLOTH_TP_SIZE": 1, "UNSLOTH_PP_SIZE": 1
 _OFF = ("", "0", "false", "no", "off")
 
 
-def check_unsloth_modes(environment: Mapping[str, str] = os.environ) -> None:
+def check_unsloth_modes(environment: Mapping[str, str] | None = None) -> None:
     """
     Make sure that Unsloth does not split the model or the batch over the GPUs as well.
 
@@ -26,6 +26,7 @@ def check_unsloth_modes(environment: Mapping[str, str] = os.environ) -> None:
     >>> check_unsloth_modes({"UNSLOTH_TP_SIZE": "1"})
     ```
     """
+    environment = os.environ if environment is None else environment
     for name, off in _UNSLOTH_MODES.items():
         value = environment.get(name, "").strip().lower()
         if value not in _OFF and not (value.isdigit() and int(value) <= off):
