@@ -82,7 +82,7 @@ def _for_several_processes(base):
         def get_peft_model(model, *args, **kwargs):
             asked_for = kwargs.get("use_gradient_checkpointing", getattr(model, _ASKED_FOR, None))
             if asked_for == "auto":  # loaded with Unsloth's default, which the trainer may switch off
-                del kwargs["use_gradient_checkpointing"]
+                kwargs.pop("use_gradient_checkpointing", None)  # the loader may have been given it instead
                 asked_for = None
             with muted_prints():
                 model = base.get_peft_model(model, *args, **kwargs)
