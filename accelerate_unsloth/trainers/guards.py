@@ -41,13 +41,15 @@ class GuardMixin:
         with self._stop.listening(), self._watched(), muted_prints(), without_training_banner():
             output = super().train(*args, **kwargs)
         if self._stop_agreed:
+            # All ranks end with the status of one signal, so that the launcher reports it whichever rank ends first.
+            signals = [number for number in channel().gather("signal", self._stop.signal) if number]
             if self.is_world_process_zero():
                 print(
                     f"Stopped by a signal after step {self.state.global_step}; the checkpoint is in "
                     f"{self.args.output_dir}. Go on with resume_from_checkpoint='auto'.",
                     file=sys.stderr,
                 )
-            sys.exit(128 + (self._stop.signal or signal.SIGTERM))
+            sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
         return output
 
     @property
