@@ -13,7 +13,7 @@ import threading
 import traceback
 
 from .channel import PeerFailure, channel
-from .ledger import ledger
+from .patches import ledger
 from .topology import topology
 
 _WAIT_FOR_MAIN_S = 6.0

@@ -7,7 +7,7 @@ PyTorch's `GradScaler` then raises "No inf checks were recorded for this optimiz
 
 import torch
 
-from .ledger import Ledger
+from .patches import Ledger
 
 
 def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> Ledger:

@@ -9,8 +9,8 @@ import pytest
 import accelerate_unsloth
 from accelerate_unsloth import UnslothPlugin
 from accelerate_unsloth.launch_hint import check_launch
-from accelerate_unsloth.ledger import Ledger
 from accelerate_unsloth.patch.options import Options, resolve_backend
+from accelerate_unsloth.patches import Ledger
 
 from .launching import ROOT, WORKERS, clean_environment, configs
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets.formatting import query_table
 
 from ..channel import channel
-from ..ledger import Ledger
+from ..patches import Ledger
 from ..topology import topology
 from .loader import IGNORED
 from .shared_rows import open_shared, share

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..ledger import Ledger
+from ..patches import Ledger
 
 _DISPATCH = "unsloth.utils.attention_dispatch"
 _RUNS_VARLEN = "Unsloth runs rows of uneven length through PyTorch's varlen attention"

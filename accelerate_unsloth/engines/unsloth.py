@@ -5,7 +5,7 @@ import functools
 import torch
 
 from .. import saving
-from ..ledger import ledger
+from ..patches import ledger
 from ..quiet import muted_prints
 from ..topology import topology
 from . import check_model_name, environment, placement

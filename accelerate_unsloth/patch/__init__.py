@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import failures, launch_hint
 from ..engines import environment
-from ..ledger import Patch, ledger
+from ..patches import Patch, ledger
 from ..plugin import PREFIX, UnslothPlugin
 from ..topology import topology
 from . import status

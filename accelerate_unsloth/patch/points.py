@@ -9,7 +9,7 @@ from ..engines.loaded import LOADERS, choice
 import transformers
 import trl.trainer.sft_trainer
 
-from ..ledger import Patch, ledger
+from ..patches import Patch, ledger
 from ..topology import topology
 from ..trainers.sft import SFTTrainer
 from .old_spellings import SFTConfig, to_installed_trl

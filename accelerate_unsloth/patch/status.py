@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from ..ledger import ledger
+from ..patches import ledger
 from ..topology import topology, uses_cpu
 
 _NAMES_OF_MAPPINGS = {id(sys.modules): "sys.modules", id(os.environ): "os.environ"}

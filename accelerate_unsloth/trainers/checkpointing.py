@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .. import checkpoints, saving, staging, stock_checkpoints
 from ..channel import channel
-from ..ledger import Ledger
+from ..patches import Ledger
 
 logger = logging.get_logger(__name__)
 

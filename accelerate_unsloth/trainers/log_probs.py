@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import trl.trainer.utils
 
-from ..ledger import ledger
+from ..patches import ledger
 
 _NAME = "_ChunkedLogProbFunction"
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import trl
 from transformers import Trainer
 
-from ..ledger import Ledger
+from ..patches import Ledger
 
 _COLLECTIVES = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
 

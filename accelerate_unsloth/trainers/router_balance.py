@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..ledger import Ledger
+from ..patches import Ledger
 
 # Where transformers (5.17) and the code that Unsloth (2026.10.9) generates from it compute the loss, and where the latter
 # scales it by the tokens of a micro-batch.

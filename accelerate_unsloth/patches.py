@@ -30,7 +30,7 @@ class Ledger:
 
     ```python
     >>> import math
-    >>> from accelerate_unsloth.ledger import Ledger
+    >>> from accelerate_unsloth.patches import Ledger
     >>> ledger = Ledger()
     >>> ledger.patch(math, "tau", 6)
     >>> ledger.undo()
