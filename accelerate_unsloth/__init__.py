@@ -9,7 +9,7 @@ launcher of several processes PyTorch is imported, to see whether they run witho
 from importlib import import_module
 
 from ._version import __version__
-from .topology import declare_cpu_launch
+from .launch.topology import declare_cpu_launch
 
 _PUBLIC = {
     "FastLanguageModel": "engines.loaded",

@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 
-from . import launch_hint, patch
+from . import patch
 from .plugin import enabled_by_environment
 
 
@@ -37,7 +37,7 @@ def main(command: list[str]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    launch_hint.run_through = "accelerate_unsloth"
+    command.run_through = "accelerate_unsloth"
     if enabled_by_environment():
         patch.enable_multi_gpu()
     sys.argv = command

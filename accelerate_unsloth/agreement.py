@@ -15,12 +15,12 @@ from torch.utils.data import IterableDataset
 
 from ._version import __version__
 from .buffers import kept_buffers
-from .channel import channel
 from .checksum import bit_sums
 from .data.contents import digest_of_samples
 from .data.lengths import lengths_of
+from .launch.channel import channel
+from .launch.topology import topology
 from .masking import HIDDEN, is_secret_name, without_secrets
-from .topology import topology
 
 _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")
 

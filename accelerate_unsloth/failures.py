@@ -12,9 +12,9 @@ import sys
 import threading
 import traceback
 
-from .channel import PeerFailure, channel
+from .launch.channel import PeerFailure, channel
+from .launch.topology import topology
 from .patches import ledger
-from .topology import topology
 
 _WAIT_FOR_MAIN_S = 6.0
 

@@ -13,9 +13,9 @@ import torch
 from accelerate.utils import gather
 from transformers import TrainerCallback
 
-from .channel import channel
+from .launch.channel import channel
+from .launch.topology import topology
 from .readings import History, RankReading
-from .topology import topology
 
 _GIB = 2**30
 _NUMBERS = {field.name: field.type for field in fields(RankReading) if field.name != "device"}

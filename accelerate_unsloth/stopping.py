@@ -13,7 +13,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from .channel import channel
+from .launch.channel import channel
 
 # torchelastic gives its processes 30 s between SIGTERM and SIGKILL.
 GRACE_S = 20.0

@@ -14,8 +14,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from .channel import PeerFailure, channel
-from .topology import topology
+from .launch.channel import PeerFailure, channel
+from .launch.topology import topology
 
 _DEFAULT_S = 3600
 _PART_OF_GROUP_TIMEOUT = 0.8  # so that stacks are written before the process group gives up

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from accelerate_unsloth import configs
+from accelerate_unsloth.launch import configs
 
 EFFECTIVE_BATCH = 8
 PROCESSES = (1, 2, 4)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from accelerate_unsloth import configs
+from accelerate_unsloth.launch import configs
 
 from .forking import WarmProcess
 

@@ -4,7 +4,7 @@ import socket
 import sys
 from pathlib import Path
 
-from accelerate_unsloth import configs
+from accelerate_unsloth.launch import configs
 
 from .launching import ROOT, Finished, finish, start
 

@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from accelerate_unsloth.channel import Channel, PeerFailure
-from accelerate_unsloth.topology import Topology
+from accelerate_unsloth.launch.channel import Channel, PeerFailure
+from accelerate_unsloth.launch.topology import Topology
 
 from .stores import WatchedStore
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from accelerate_unsloth import checkpoints
-from accelerate_unsloth.channel import PeerFailure
+from accelerate_unsloth.launch.channel import PeerFailure
 
 
 def write_checkpoint(run_folder, step, run="ours"):

@@ -9,9 +9,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from typer.testing import CliRunner
 
-from accelerate_unsloth import configs, launch_hint
 from accelerate_unsloth.cli import app
-from accelerate_unsloth.launch_file import LaunchFile
+from accelerate_unsloth.launch import command, configs
+from accelerate_unsloth.launch.config_file import LaunchFile
 
 from .launching import clean_environment, finish, start
 
@@ -56,7 +56,7 @@ def test_version():
 def test_the_launch_command_holds_script_and_arguments(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--run name", "a b"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as a script, not as `python -m pytest`
-    assert launch_hint.command(4).endswith("unsloth_ddp.yaml train.py '--run name' 'a b'")
+    assert command.command(4).endswith("unsloth_ddp.yaml train.py '--run name' 'a b'")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_launch_command_holds_script_and_arguments(monkeypatch):
 def test_the_hint_is_for_one_process_among_several_gpus(visible, environment, shown, monkeypatch, capsys):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    launch_hint.show(visible)
+    command.show(visible)
     assert ("accelerate launch --num_processes 4" in capsys.readouterr().out) is shown
 
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from accelerate_unsloth import distributed
 from accelerate_unsloth.engines import check_model_name, resolve
 from accelerate_unsloth.engines.environment import check_unsloth_modes
 from accelerate_unsloth.engines.placement import check_device_map, check_placement
-from accelerate_unsloth.topology import Topology
+from accelerate_unsloth.launch import process
+from accelerate_unsloth.launch.topology import Topology
 
 
 @pytest.mark.parametrize(
@@ -64,20 +64,20 @@ def test_a_model_on_another_ranks_gpu_is_noticed():
 )
 def test_each_rank_takes_its_own_gpu(place, visible, elastic, device, monkeypatch):
     taken = []
-    monkeypatch.setattr(distributed, "topology", lambda: place)
+    monkeypatch.setattr(process, "topology", lambda: place)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     if elastic:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    distributed.bind_device()
+    process.bind_device()
     assert taken == ([] if device is None else [device])
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "topology", lambda: Topology(0, 4, 0, 4))
+    monkeypatch.setattr(process, "topology", lambda: Topology(0, 4, 0, 4))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RuntimeError, match=r"4 processes were started on .*, but 2 GPU"):
-        distributed.bind_device()
+        process.bind_device()
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere", "runs/2026/model"])

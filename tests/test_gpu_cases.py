@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from accelerate_unsloth.channel import channel
+from accelerate_unsloth.launch.channel import channel
 
 from .gpu import cases, launches
 from .launching import ROOT, WORKERS, clean_environment, launch

@@ -8,7 +8,7 @@ import pytest
 
 import accelerate_unsloth
 from accelerate_unsloth import UnslothPlugin
-from accelerate_unsloth.launch_hint import check_launch
+from accelerate_unsloth.launch.command import check_launch
 from accelerate_unsloth.patch.options import Options, resolve_backend
 from accelerate_unsloth.patches import Ledger
 

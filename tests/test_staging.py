@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from accelerate_unsloth import checkpoints, staging
-from accelerate_unsloth.channel import Channel
+from accelerate_unsloth.launch.channel import Channel
 from accelerate_unsloth.loop import state
 
 from .test_channel import on_ranks

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accelerate_unsloth import topology
-from accelerate_unsloth.topology import Topology, is_located
+from accelerate_unsloth.launch import topology
+from accelerate_unsloth.launch.topology import Topology, is_located
 
 from .launching import WORKERS, Finished, finish, result, start
 from .machines import free_port

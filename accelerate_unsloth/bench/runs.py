@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from .. import configs
+from ..launch import configs
 
 _PHASES = ("python", "imported", "loaded", "adapters", "trainer", "first step", "trained", "saved")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .. import configs
+from ..launch import configs
 
 app = typer.Typer(help="The bundled accelerate configuration files, and a writer of others.", no_args_is_help=True)
 
@@ -55,19 +55,19 @@ def write(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
 ) -> None:
     """Write an accelerate configuration to FILE. A terminal is asked for what is missing; elsewhere defaults hold."""
-    from .. import launch_file
+    from ..launch import config_file
 
     asks = sys.stdin.isatty() and sys.stdout.isatty()
     several = num_machines > 1
     try:
-        launch_file.check_path(file, force)
+        config_file.check_path(file, force)
         if num_processes is None:
             num_processes = _processes(cpu, gpu_ids, num_machines, asks)
         if several and machine_rank is None:
             machine_rank = typer.prompt("Number of this machine, from 0", 0, type=int) if asks else 0
         if several and main_process_ip is None and asks:
             main_process_ip = typer.prompt("Address of machine 0")
-        launch_file.LaunchFile(
+        config_file.LaunchFile(
             num_processes=num_processes,
             num_machines=num_machines,
             machine_rank=machine_rank or 0,

@@ -9,10 +9,10 @@ from typing import Any
 from .. import shapes
 from ..devices import Device, DeviceManager
 from ..estimate import EXPERTS_NOTE
+from ..launch.topology import Topology
 from ..plugin import UnslothPlugin
 from ..policies import micro_batch
 from ..policies.micro_batch import MicroBatchChoice
-from ..topology import Topology
 from . import amounts, checks, files, templates
 from .explained import ExplainedConfig
 from .fitting import ROWS_OF_A_STEP, Fit, Workload, fit

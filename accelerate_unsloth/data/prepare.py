@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets.formatting import query_table
 
-from ..channel import channel
+from ..launch.channel import channel
+from ..launch.topology import topology
 from ..patches import Ledger
-from ..topology import topology
 from .loader import IGNORED
 from .shared_rows import open_shared, share
 

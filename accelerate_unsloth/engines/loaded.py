@@ -6,17 +6,18 @@ Everything that imports trl, transformers or peft imports this first.
 
 import torch
 
-from .. import distributed, failures, launch_hint
+from .. import failures
+from ..launch import command, process
+from ..launch.topology import topology, uses_cpu
 from ..plugin import UnslothPlugin
 from ..quiet import quiet_other_ranks
-from ..topology import topology, uses_cpu
 from . import environment, resolve
 
 failures.install()
-distributed.end_with_launcher()
-distributed.renew_rendezvous()
-distributed.locate()
-distributed.close_process_group_at_exit()
+process.end_with_launcher()
+process.renew_rendezvous()
+process.locate()
+process.close_process_group_at_exit()
 _plugin = UnslothPlugin()
 _use_cpu = uses_cpu()
 
@@ -26,8 +27,8 @@ if not _use_cpu:
     if choice.name == "unsloth":
         environment.check_unsloth_modes()
         environment.prepare(topology().node)
-    distributed.bind_device()
-    launch_hint.show(torch.cuda.device_count())
+    process.bind_device()
+    command.show(torch.cuda.device_count())
 
 if choice.name == "unsloth":
     from .unsloth import LOADERS, FastLanguageModel, FastModel

@@ -13,7 +13,7 @@ from peft import get_peft_model as peft_get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from .. import saving
-from ..topology import topology
+from ..launch.topology import topology
 from . import check_model_name, environment, placement
 
 _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

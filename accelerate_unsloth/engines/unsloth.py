@@ -5,9 +5,9 @@ import functools
 import torch
 
 from .. import saving
+from ..launch.topology import topology
 from ..patches import ledger
 from ..quiet import muted_prints
-from ..topology import topology
 from . import check_model_name, environment, placement
 
 _ASKED_FOR = "_accelerate_unsloth_checkpointing_asked"  # read by trainers/planning.py

@@ -8,9 +8,9 @@ from .. import engines, shapes
 from ..devices import Device
 from ..engines.kernels import describe
 from ..estimate import estimate
+from ..launch.topology import Topology, uses_cpu
 from ..plugin import UnslothPlugin
 from ..policies import attention, checkpointing, gradient_sync, micro_batch
-from ..topology import Topology, uses_cpu
 from .finding import NOTE, PROBLEM, Finding
 
 # What a choice depends on is the model, which is not known here: these stand for the usual cases.

@@ -7,9 +7,9 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
 from .. import agreement
-from ..channel import channel
 from ..data import dealt
 from ..data.contents import digest_of_samples
+from ..launch.channel import channel
 from ..policies.aggregation import AggregationMethod
 from ..reduction import StepTotals
 from .state import changed

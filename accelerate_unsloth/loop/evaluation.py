@@ -7,8 +7,8 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 
-from ..channel import channel
 from ..data import dealt
+from ..launch.channel import channel
 from ..policies.aggregation import AggregationMethod
 
 

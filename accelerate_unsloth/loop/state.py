@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import checkpoints, saving, staging
 from ..buffers import kept_buffers
-from ..channel import channel
+from ..launch.channel import channel
 from ..policies.aggregation import AggregationMethod
 
 _WEIGHTS, _MOVING, _STATE = "trained.safetensors", "optimizer.pt", "trainer_state.json"

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from ..channel import channel
 from ..data.dealt import DealtBatch
 from ..data.loader import count_tokens
+from ..launch.channel import channel
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
 from ..reduction import StepTotals

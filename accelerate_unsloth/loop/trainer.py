@@ -18,18 +18,19 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from .. import agreement, launch_hint
+from .. import agreement
 from ..buffers import kept_buffers
-from ..channel import channel
 from ..data import dealt
 from ..data.loader import count_items
 from ..grad_scaler import allow_steps_without_gradients
+from ..launch import command
+from ..launch.channel import channel
+from ..launch.topology import topology, uses_cpu
 from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
 from ..reduction import FlatReducer, LocalReducer, broadcast
-from ..topology import topology, uses_cpu
 from . import state
 from .epoch import EpochMixin
 from .evaluation import EvaluationMixin
@@ -101,7 +102,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
         seed: int = 42,
         plugin: UnslothPlugin | None = None,
     ):
-        launch_hint.require(num_gpus, 0 if uses_cpu() else torch.cuda.device_count())
+        command.require(num_gpus, 0 if uses_cpu() else torch.cuda.device_count())
         self.plugin = plugin if plugin is not None else UnslothPlugin()
         if self.plugin.gradient_sync == "overlapped":
             raise ValueError(

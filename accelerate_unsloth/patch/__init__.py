@@ -14,11 +14,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .. import failures, launch_hint
+from .. import failures
 from ..engines import environment
+from ..launch import command
+from ..launch.topology import topology
 from ..patches import Patch, ledger
 from ..plugin import PREFIX, UnslothPlugin
-from ..topology import topology
 from . import status
 from .options import BackendChoice, Options, resolve_backend
 
@@ -114,7 +115,7 @@ def enable_multi_gpu(
     if _active is not None:
         _refuse_other_options(options)
         return Enabled(made_it=False)
-    launch_hint.require(options.num_gpus, status.visible_gpus())
+    command.require(options.num_gpus, status.visible_gpus())
     _enable(options)
     return Enabled(made_it=True)
 

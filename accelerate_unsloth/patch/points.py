@@ -9,8 +9,8 @@ from ..engines.loaded import LOADERS, choice
 import transformers
 import trl.trainer.sft_trainer
 
+from ..launch.topology import topology
 from ..patches import Patch, ledger
-from ..topology import topology
 from ..trainers.sft import SFTTrainer
 from .old_spellings import SFTConfig, to_installed_trl
 from .options import BackendChoice, Options

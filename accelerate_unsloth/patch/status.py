@@ -5,8 +5,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from ..launch.topology import topology, uses_cpu
 from ..patches import ledger
-from ..topology import topology, uses_cpu
 
 _NAMES_OF_MAPPINGS = {id(sys.modules): "sys.modules", id(os.environ): "os.environ"}
 

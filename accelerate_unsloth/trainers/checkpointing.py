@@ -14,7 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .. import checkpoints, saving, staging, stock_checkpoints
-from ..channel import channel
+from ..launch.channel import channel
 from ..patches import Ledger
 
 logger = logging.get_logger(__name__)

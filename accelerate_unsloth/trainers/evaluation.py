@@ -2,8 +2,8 @@
 
 import torch
 
-from ..channel import channel
 from ..data.loader import PlannedDataLoader
+from ..launch.channel import channel
 from . import loss
 from .losses import METRICS
 

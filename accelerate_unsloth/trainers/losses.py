@@ -8,8 +8,8 @@ from ..engines.loaded import choice
 # isort: split
 import torch
 
-from ..channel import channel
 from ..data.loader import MicroBatch
+from ..launch.channel import channel
 from ..policies import loss as loss_policy
 from . import log_probs, loss
 from .router_balance import RouterBalance

@@ -17,16 +17,16 @@ import torch
 from accelerate.utils import DistributedType
 
 from .. import agreement, report, saving
-from ..channel import channel
 from ..data.loader import MicroBatch, Slot, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
 from ..grad_scaler import allow_steps_without_gradients
+from ..launch.channel import channel
+from ..launch.topology import topology
 from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
 from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
-from ..topology import topology
 from . import loss
 from .checkpointing import CheckpointMixin
 from .evaluation import EvaluationMixin

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 
 from ..data.loader import count_tokens
-from ..topology import topology
+from ..launch.topology import topology
 
 
 class OutOfMemoryMixin:

@@ -14,11 +14,11 @@ from ..engines.loaded import choice
 from torch.utils.data import IterableDataset
 
 from .. import memory, optimizer_state, structure
-from ..channel import channel
 from ..data.balance import RowCost
 from ..data.lengths import count_different, lengths_of
 from ..data.loader import PlannedDataLoader, worker_seeding
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
+from ..launch.channel import channel
 from ..policies import attention, checkpointing, micro_batch
 
 # Tensor cores read 16 bytes at a time. A row without padding whose tokens are no multiple of 8 sends every product that

@@ -9,9 +9,9 @@ import gc
 import torch
 
 from .. import memory, optimizer_state, structure
-from ..channel import channel
 from ..data.sampler import EffectiveBatchSampler
 from ..engines import kernels
+from ..launch.channel import channel
 from ..policies import micro_batch
 
 _PROBED_STEPS = 1000

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from .. import launch_hint, report
+from .. import report
 from .._version import __version__
+from ..launch import command
 from ..readings import History
 
 
@@ -113,7 +114,7 @@ def collect(
         warnings=list(warnings),
         decisions=[row for row in report.rows(trainer, engine) if row[0] != "versions"],
         versions=_versions(),
-        command=launch_hint.script(),
+        command=command.script(),
     )
 
 

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from accelerate_unsloth import configs
+from accelerate_unsloth.launch import configs
 
 
 def main() -> int:

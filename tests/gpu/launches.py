@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from accelerate_unsloth import configs
+from accelerate_unsloth.launch import configs
 
 from ..launching import WORKERS, start
 from . import cases

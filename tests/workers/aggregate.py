@@ -15,8 +15,8 @@ from accelerate_unsloth import MultiGPUTrainer
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from accelerate_unsloth.channel import channel
-from accelerate_unsloth.topology import topology
+from accelerate_unsloth.launch.channel import channel
+from accelerate_unsloth.launch.topology import topology
 
 VALUES = [1.0, 2.0, 4.0, 8.0, 16.0]
 

@@ -14,7 +14,7 @@ from accelerate_unsloth import MultiGPUTrainer
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from accelerate_unsloth.topology import topology
+from accelerate_unsloth.launch.topology import topology
 
 
 class Numbers(Dataset):

@@ -17,8 +17,8 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-from accelerate_unsloth.channel import Channel
-from accelerate_unsloth.topology import topology
+from accelerate_unsloth.launch.channel import Channel
+from accelerate_unsloth.launch.topology import topology
 from tests.workers import train
 
 LOOP_SAVES = 20

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
-from accelerate_unsloth.topology import topology
+from accelerate_unsloth.launch.topology import topology
 
 
 def load(model_folder: str):

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from accelerate_unsloth.channel import PeerFailure, channel
-from accelerate_unsloth.topology import topology
+from accelerate_unsloth.launch.channel import PeerFailure, channel
+from accelerate_unsloth.launch.topology import topology
 
 
 @dataclass(frozen=True)

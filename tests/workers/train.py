@@ -21,8 +21,8 @@ import transformers
 from accelerate import PartialState
 from safetensors.torch import save_file
 
-from accelerate_unsloth.channel import channel
 from accelerate_unsloth.engines import kernels
+from accelerate_unsloth.launch.channel import channel
 from accelerate_unsloth.policies import checkpointing
 from tests.stores import WatchedStore
 from tests.workers.provoke import Provoke

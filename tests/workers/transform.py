@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from accelerate_unsloth.topology import topology
+from accelerate_unsloth.launch.topology import topology
 
 ROWS = 8
 OWN = random.Random()  # seeded by the system, so that ranks draw other numbers whatever their states are

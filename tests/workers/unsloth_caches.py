@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from accelerate_unsloth.engines import environment
-from accelerate_unsloth.topology import topology
+from accelerate_unsloth.launch.topology import topology
 
 environment.prepare(topology().node)
 os.environ["UNSLOTH_ALLOW_CPU"] = "1"

@@ -45,8 +45,8 @@ class Channel:
 
     ```python
     >>> from torch.distributed import HashStore
-    >>> from accelerate_unsloth.channel import Channel
-    >>> from accelerate_unsloth.topology import Topology
+    >>> from accelerate_unsloth.launch.channel import Channel
+    >>> from accelerate_unsloth.launch.topology import Topology
     >>> Channel(Topology(), HashStore()).gather("seed", 42)
     [42]
     ```

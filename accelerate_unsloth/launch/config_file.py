@@ -35,7 +35,7 @@ class LaunchFile:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.launch_file import LaunchFile
+    >>> from accelerate_unsloth.launch.config_file import LaunchFile
     >>> LaunchFile(num_processes=3, num_machines=2).problems()[1][:60]
     'num_machines=2 needs main_process_ip, the address of machine'
     ```

@@ -22,7 +22,7 @@ def command(num_processes: int, config: str = "unsloth_ddp", of: Sequence[str] |
     Example:
 
     ```python
-    >>> from accelerate_unsloth.launch_hint import command
+    >>> from accelerate_unsloth.launch.command import command
     >>> command(4).startswith("accelerate launch --num_processes 4 --config_file ")
     True
     ```
@@ -85,7 +85,7 @@ def check_launch(num_gpus: int | None, world_size: int, launched: bool, visible_
     Example:
 
     ```python
-    >>> from accelerate_unsloth.launch_hint import check_launch
+    >>> from accelerate_unsloth.launch.command import check_launch
     >>> check_launch(4, world_size=1, launched=False, visible_gpus=8)
     False
     ```
