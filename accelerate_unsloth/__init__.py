@@ -25,7 +25,7 @@ _PUBLIC = {
     "is_multi_gpu_enabled": "patch",
     "get_multi_gpu_status": "patch",
     "get_active_config": "patch",
-    "DeviceManager": "devices",
+    "DeviceManager": "devices.manager",
     "ConfigManager": "config_manager",
 }
 

@@ -12,9 +12,9 @@ import yaml
 import accelerate_unsloth
 from accelerate_unsloth import ConfigManager, DeviceManager, UnslothPlugin, enable_multi_gpu, shapes
 from accelerate_unsloth.config_manager import amounts
+from accelerate_unsloth.devices.nvml import Gpu
 from accelerate_unsloth.estimate import estimate
 from accelerate_unsloth.memory import ModelShape
-from accelerate_unsloth.nvml import Gpu
 
 from .launching import ROOT, clean_environment, launch
 from .test_devices import Table

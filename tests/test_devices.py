@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 
-from accelerate_unsloth import DeviceManager, visibility
-from accelerate_unsloth.nvml import Gpu, GpuProcess, GpuReading
+from accelerate_unsloth import DeviceManager
+from accelerate_unsloth.devices import visibility
+from accelerate_unsloth.devices.nvml import Gpu, GpuProcess, GpuReading
 
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44"]
 FOUR = tuple(Gpu(index, uuid, "H200", 140.0, (9, 0)) for index, uuid in enumerate(UUIDS))

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from accelerate_unsloth import environment
-from accelerate_unsloth.devices import Device
+from accelerate_unsloth.devices.manager import Device
 from accelerate_unsloth.environment import (
     NOTE,
     OK,

@@ -92,7 +92,7 @@ def _processes(cpu: bool, gpu_ids: str | None, num_machines: int, asks: bool) ->
     if cpu or gpu_ids not in (None, "all"):
         usual = 2 if cpu else len(gpu_ids.split(","))
     else:
-        from ..devices import DeviceManager
+        from ..devices.manager import DeviceManager
 
         devices = DeviceManager()
         usual, notes = len(devices.get_available_devices()), devices.notes

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import shapes
-from ..devices import Device, DeviceManager
+from ..devices.manager import Device, DeviceManager
 from ..estimate import EXPERTS_NOTE
 from ..launch.topology import Topology
 from ..plugin import UnslothPlugin

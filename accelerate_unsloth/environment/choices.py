@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .. import engines, shapes
-from ..devices import Device
+from ..devices.manager import Device
 from ..engines.kernels import describe
 from ..estimate import estimate
 from ..launch.topology import Topology, uses_cpu

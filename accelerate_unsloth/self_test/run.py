@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..devices import DeviceManager
+from ..devices.manager import DeviceManager
 from . import check
 from .check import FAILED, OK, SKIPPED, Check
 from .processes import ProcessFailed, launch_command, run_python

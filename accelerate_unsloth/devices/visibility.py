@@ -40,7 +40,7 @@ def resolve(gpus: Sequence[Gpu], visible_devices: str | None, device_order: str 
 
     ```python
     >>> from accelerate_unsloth import visibility
-    >>> from accelerate_unsloth.nvml import Gpu
+    >>> from accelerate_unsloth.devices.nvml import Gpu
     >>> gpus = [Gpu(i, f"GPU-{i}", "H200", 139.8, (9, 0)) for i in range(4)]
     >>> [gpu.system_index for gpu in visibility.resolve(gpus, "3,1,-1,0").gpus]
     [3, 1]
