@@ -14,8 +14,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from ._version import __version__
-from .buffers import kept_buffers
-from .checksum import bit_sums
+from .checksum import bit_sums, kept_buffers
 from .data.contents import digest_of_samples
 from .data.lengths import lengths_of
 from .launch.channel import channel

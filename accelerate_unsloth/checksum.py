@@ -44,6 +44,29 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: sums[name] for name in tensors}
 
 
+def kept_buffers(model) -> dict:
+    """
+    The buffers that a model keeps, without those that it makes anew when it is loaded.
+
+    Args:
+        model ([`~torch.nn.Module`]): The model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by name.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from accelerate_unsloth.checksum import kept_buffers
+    >>> list(kept_buffers(torch.nn.BatchNorm1d(2)))
+    ['running_mean', 'running_var', 'num_batches_tracked']
+    ```
+    """
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
 def _bit_sum(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     flat = tensor.contiguous().view(-1).view(_SAME_SIZE_INTEGER.get(tensor.element_size(), torch.uint8))
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)

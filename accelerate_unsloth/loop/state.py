@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import checkpoints, saving, staging
-from ..buffers import kept_buffers
+from ..checksum import kept_buffers
 from ..launch.channel import channel
 from ..policies.aggregation import AggregationMethod
 

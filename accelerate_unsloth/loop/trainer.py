@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from .. import agreement
-from ..buffers import kept_buffers
+from ..checksum import kept_buffers
 from ..data import dealt
 from ..data.loader import count_items
 from ..grad_scaler import allow_steps_without_gradients
