@@ -36,8 +36,8 @@ def read_arguments(documentation: str) -> tuple[str, Path]:
 
 def demo_model() -> str:
     """Return the folder of the demo's model, which the first process of each machine makes when it is missing."""
-    from accelerate_unsloth import failures
     from accelerate_unsloth.launch.channel import channel
+    from accelerate_unsloth.reliability import failures
 
     failures.install()  # an error is printed once, and ends every process
     return channel().run_on_local_main("demo model", make_model)

@@ -9,8 +9,8 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from accelerate_unsloth import checkpoints
 from accelerate_unsloth.launch.channel import PeerFailure
+from accelerate_unsloth.reliability import checkpoints
 
 
 def write_checkpoint(run_folder, step, run="ours"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from accelerate_unsloth.checksum import bit_sums
 from accelerate_unsloth.data.contents import digest_of_samples
+from accelerate_unsloth.reliability.checksum import bit_sums
 
 
 class Other:
@@ -114,7 +114,7 @@ def test_checksums_tell_bits_and_places(dtype):
 
 
 def test_pieces_of_a_large_tensor_are_told_apart(monkeypatch):
-    monkeypatch.setattr("accelerate_unsloth.checksum._PIECE", 4)
+    monkeypatch.setattr("accelerate_unsloth.reliability.checksum._PIECE", 4)
     first, turned = torch.arange(8), torch.arange(8).roll(4)
     sums = bit_sums({"first": first, "turned": turned})
     assert sums["first"] != sums["turned"]

@@ -127,32 +127,34 @@ def test_the_merged_model_computes_what_the_adapted_one_does(adapted, tmp_path):
 def test_a_copy_of_a_guarded_model_saves_itself(adapted, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
-    from accelerate_unsloth import saving
+    from accelerate_unsloth.reliability import rank0_writes
 
-    monkeypatch.setattr(saving, "topology", lambda: Topology(0, 2, 0, 2))
+    monkeypatch.setattr(rank0_writes, "topology", lambda: Topology(0, 2, 0, 2))
     model, _ = adapted
-    saving.guard(model)
+    rank0_writes.guard(model)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.zero_()
-    monkeypatch.setattr(saving, "_writing", True)  # as if inside a save: no other rank to wait for
+    monkeypatch.setattr(rank0_writes, "_writing", True)  # as if inside a save: no other rank to wait for
     copied.save_pretrained(tmp_path)
     assert all((w == 0).all() for w in load_file(tmp_path / "adapter_model.safetensors").values())
 
 
 def test_only_rank_0_saves_by_position_and_by_keyword(adapted, tmp_path, monkeypatch):
-    from accelerate_unsloth import saving
+    from accelerate_unsloth.reliability import rank0_writes
 
     model, tokenizer = adapted
     written = []
     for rank in (0, 1):
-        monkeypatch.setattr(saving, "topology", lambda rank=rank: Topology(rank, 2, rank, 2))
+        monkeypatch.setattr(rank0_writes, "topology", lambda rank=rank: Topology(rank, 2, rank, 2))
         # Rank 0's side of the channel runs what it is given; the others' side does not.
         run = (lambda name, write: write()) if rank == 0 else (lambda name, write: None)
-        monkeypatch.setattr(saving, "channel", lambda run=run: type("Channel", (), {"run_on_main": staticmethod(run)}))
+        monkeypatch.setattr(
+            rank0_writes, "channel", lambda run=run: type("Channel", (), {"run_on_main": staticmethod(run)})
+        )
         for thing in (model, tokenizer):
-            saving.guard(thing)
+            rank0_writes.guard(thing)
             thing.save_pretrained(tmp_path / f"position-{rank}")
             thing.save_pretrained(save_directory=tmp_path / f"keyword-{rank}")
         written.append(sorted(path.name for path in tmp_path.iterdir()))

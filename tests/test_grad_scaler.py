@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from accelerate_unsloth.grad_scaler import allow_steps_without_gradients
+from accelerate_unsloth.reliability.grad_scaler import allow_steps_without_gradients
 
 
 @pytest.fixture

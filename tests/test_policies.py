@@ -4,7 +4,7 @@ import pytest
 
 from accelerate_unsloth import memory, optimizer_state
 from accelerate_unsloth.policies import attention, checkpointing, gradient_sync, micro_batch
-from accelerate_unsloth.watchdog import resolve_timeout
+from accelerate_unsloth.reliability.watchdog import resolve_timeout
 
 
 @pytest.mark.parametrize(

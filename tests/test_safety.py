@@ -15,7 +15,7 @@ import datasets
 import pytest
 import torch
 
-from accelerate_unsloth import agreement, saving
+from accelerate_unsloth.reliability import agreement, rank0_writes
 
 from .launching import ROOT
 
@@ -173,7 +173,7 @@ def test_saved_weights_follow_the_umask(umask, mode, tmp_path):
     earlier = os.umask(umask)
     try:
         save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
-        saving.follow_umask(tmp_path)
+        rank0_writes.follow_umask(tmp_path)
         assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode
         os.umask(umask)
     finally:

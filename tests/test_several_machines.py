@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accelerate_unsloth import checkpoints
+from accelerate_unsloth.reliability import checkpoints
 
 from .launching import WORKERS, launch, result
 from .machines import launch_two_machines

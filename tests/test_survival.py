@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accelerate_unsloth import checkpoints
+from accelerate_unsloth.reliability import checkpoints
 
 from .launching import ROOT, WORKERS, clean_environment, finish, launch, result
 from .launching import start as spawn
@@ -98,7 +98,7 @@ def test_a_preempted_run_finishes_its_step_saves_and_goes_on_later(tiny_model, u
 
 
 def test_a_forked_worker_dies_of_a_signal_and_does_not_stop_the_training():
-    from accelerate_unsloth.stopping import StopRequest
+    from accelerate_unsloth.reliability.stop_signals import StopRequest
 
     stop = StopRequest()
     with stop.listening():

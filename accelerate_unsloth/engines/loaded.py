@@ -6,11 +6,11 @@ Everything that imports trl, transformers or peft imports this first.
 
 import torch
 
-from .. import failures
 from ..launch import command, process
 from ..launch.topology import topology, uses_cpu
 from ..plugin import UnslothPlugin
 from ..quiet import quiet_other_ranks
+from ..reliability import failures
 from . import environment, resolve
 
 failures.install()

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from peft import get_peft_model as peft_get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from .. import saving
 from ..launch.topology import topology
+from ..reliability import rank0_writes
 from . import check_model_name, environment, placement
 
 _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -100,8 +100,8 @@ class FastLanguageModel:
         if full_finetuning:
             _set_checkpointing(model, use_gradient_checkpointing)
         model.save_pretrained_merged = MethodType(_save_pretrained_merged, model)
-        saving.guard(model)
-        saving.guard(tokenizer)
+        rank0_writes.guard(model)
+        rank0_writes.guard(tokenizer)
         return model.to(placement.this_device()), tokenizer
 
     @staticmethod
@@ -156,7 +156,7 @@ class FastLanguageModel:
         model.max_seq_length = max_seq_length
         _set_checkpointing(model, use_gradient_checkpointing)
         model.save_pretrained_merged = MethodType(_save_pretrained_merged, model)
-        saving.guard(model)
+        rank0_writes.guard(model)
         return model
 
     @staticmethod

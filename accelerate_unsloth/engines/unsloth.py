@@ -4,10 +4,10 @@ import functools
 
 import torch
 
-from .. import saving
 from ..launch.topology import topology
 from ..patches import ledger
 from ..quiet import muted_prints
+from ..reliability import rank0_writes
 from . import check_model_name, environment, placement
 
 _ASKED_FOR = "_accelerate_unsloth_checkpointing_asked"  # read by trainers/planning.py
@@ -73,8 +73,8 @@ def _for_several_processes(base):
             if topology().world_size > 1:
                 placement.check_placement((p.device for p in model.parameters()), placement.this_device())
             setattr(model, _ASKED_FOR, kwargs.get("use_gradient_checkpointing"))
-            saving.guard(model)
-            saving.guard(tokenizer)
+            rank0_writes.guard(model)
+            rank0_writes.guard(tokenizer)
             return model, tokenizer
 
         @staticmethod
@@ -87,7 +87,7 @@ def _for_several_processes(base):
             with muted_prints():
                 model = base.get_peft_model(model, *args, **kwargs)
             setattr(model, _ASKED_FOR, asked_for)
-            saving.guard(model)
+            rank0_writes.guard(model)
             return model
 
     Loader.__name__ = Loader.__qualname__ = base.__name__

@@ -6,12 +6,12 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
-from .. import agreement
 from ..data import dealt
 from ..data.contents import digest_of_samples
 from ..launch.channel import channel
 from ..policies.aggregation import AggregationMethod
 from ..reduction import StepTotals
+from ..reliability import agreement
 from .state import changed
 
 

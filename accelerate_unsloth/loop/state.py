@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .. import checkpoints, saving, staging
-from ..checksum import kept_buffers
 from ..launch.channel import channel
 from ..policies.aggregation import AggregationMethod
+from ..reliability import checkpoints, rank0_writes, staging
+from ..reliability.checksum import kept_buffers
 
 _WEIGHTS, _MOVING, _STATE = "trained.safetensors", "optimizer.pt", "trainer_state.json"
 _POSITION = ("epoch", "step_in_epoch", "global_step", "num_tokens", "epoch_facts")
@@ -39,7 +39,7 @@ def save(trainer, folder: Path) -> Path:
     written.mkdir(exist_ok=True)
     torch.save(_random_states(), written / random_states)
     required = staging.gather_required([random_states], shares_disk)
-    saving.write_once("checkpoint", functools.partial(_publish, trainer, written, folder, required))
+    rank0_writes.write_once("checkpoint", functools.partial(_publish, trainer, written, folder, required))
     return folder
 
 
@@ -53,7 +53,7 @@ def _publish(trainer, written: Path, folder: Path, required: list[str]) -> None:
     if trainer.step_in_epoch and trainer.epoch_order is not None:
         (written / _ORDER).write_text(json.dumps(trainer.epoch_order))
         required.append(_ORDER)
-    saving.follow_umask(written)
+    rank0_writes.follow_umask(written)
     checkpoints.publish(written, folder, required)
     shutil.rmtree(written.parent, ignore_errors=True)
 

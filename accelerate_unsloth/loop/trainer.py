@@ -18,11 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from .. import agreement
-from ..checksum import kept_buffers
 from ..data import dealt
 from ..data.loader import count_items
-from ..grad_scaler import allow_steps_without_gradients
 from ..launch import command
 from ..launch.channel import channel
 from ..launch.topology import topology, uses_cpu
@@ -31,6 +28,9 @@ from ..plugin import UnslothPlugin
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
 from ..reduction import FlatReducer, LocalReducer, broadcast
+from ..reliability import agreement
+from ..reliability.checksum import kept_buffers
+from ..reliability.grad_scaler import allow_steps_without_gradients
 from . import state
 from .epoch import EpochMixin
 from .evaluation import EvaluationMixin

@@ -14,12 +14,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .. import failures
 from ..engines import environment
 from ..launch import command
 from ..launch.topology import topology
 from ..patches import Patch, ledger
 from ..plugin import PREFIX, UnslothPlugin
+from ..reliability import failures
 from . import status
 from .options import BackendChoice, Options, resolve_backend
 

@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .. import checkpoints, saving, staging, stock_checkpoints
 from ..launch.channel import channel
 from ..patches import Ledger
+from ..reliability import checkpoints, rank0_writes, staging, stock_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -155,7 +155,7 @@ class CheckpointMixin:
             shares_disk = staging.prepare(self._staging)
             super()._save_checkpoint(model, trial)
             required = staging.gather_required(self._random_states_names(), shares_disk)
-            saving.write_once("publish", functools.partial(self._publish, run_folder, name, required))
+            rank0_writes.write_once("publish", functools.partial(self._publish, run_folder, name, required))
             # Only the rank that publishes knows the name under which the best checkpoint lies now.
             self.state.best_model_checkpoint = channel().gather("best", self.state.best_model_checkpoint)[0]
         except Exception as error:
@@ -169,7 +169,7 @@ class CheckpointMixin:
             self._staging = None
         if self.args.push_to_hub:
             push = functools.partial(super()._push_from_checkpoint, str(run_folder / name))
-            saving.write_once("push", push)
+            rank0_writes.write_once("push", push)
 
     def _random_states_names(self) -> list[str]:
         """Return what the Trainer calls the random states of this rank."""

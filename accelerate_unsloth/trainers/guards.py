@@ -9,13 +9,13 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..checksum import bit_sums
 from ..launch.channel import channel
 from ..launch.topology import topology
 from ..quiet import muted_prints, without_training_banner
 from ..reduction import are_finite
-from ..stopping import StopRequest
-from ..watchdog import Watchdog, resolve_timeout
+from ..reliability.checksum import bit_sums
+from ..reliability.stop_signals import StopRequest
+from ..reliability.watchdog import Watchdog, resolve_timeout
 
 logger = logging.get_logger(__name__)
 

@@ -16,10 +16,9 @@ from ..engines.loaded import choice
 import torch
 from accelerate.utils import DistributedType
 
-from .. import agreement, report, saving
+from .. import report
 from ..data.loader import MicroBatch, Slot, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
-from ..grad_scaler import allow_steps_without_gradients
 from ..launch.channel import channel
 from ..launch.topology import topology
 from ..monitor import Monitor
@@ -27,6 +26,8 @@ from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
 from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
+from ..reliability import agreement, rank0_writes
+from ..reliability.grad_scaler import allow_steps_without_gradients
 from . import loss
 from .checkpointing import CheckpointMixin
 from .evaluation import EvaluationMixin
@@ -334,10 +335,10 @@ class DistributedTrainerMixin(
 
         def save():
             save_model(output_dir, _internal_call=_internal_call)
-            saving.follow_umask(folder)
+            rank0_writes.follow_umask(folder)
 
-        saving.write_once("model", save)
+        rank0_writes.write_once("model", save)
 
     def push_to_hub(self, *args, **kwargs):
         """Push from rank 0, while the others wait."""
-        return saving.write_once("push_to_hub", functools.partial(super().push_to_hub, *args, **kwargs))
+        return rank0_writes.write_once("push_to_hub", functools.partial(super().push_to_hub, *args, **kwargs))

@@ -10,9 +10,10 @@ from ..engines.loaded import choice
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .. import saving, training_report
+from .. import training_report
 from ..pressure import PressureWatch
 from ..readings import summary
+from ..reliability import rank0_writes
 from ..training_report.record import Spent
 from .caches import free_if_in_the_way
 
@@ -35,7 +36,7 @@ class ReportMixin:
         self._clock.stop()
         if self.plugin.report:
             # All leave together: after a signal, a rank that ended would make the launcher end rank 0 over its report.
-            saving.write_once("report", self._write_report)
+            rank0_writes.write_once("report", self._write_report)
         return output
 
     def _write_report(self) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from .launch.channel import channel
+from ..launch.channel import channel
 
 # torchelastic gives its processes 30 s between SIGTERM and SIGKILL.
 GRACE_S = 20.0
@@ -48,7 +48,7 @@ class StopRequest:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.stopping import StopRequest
+    >>> from accelerate_unsloth.reliability.stop_signals import StopRequest
     >>> stop = StopRequest()
     >>> with stop.listening():
     ...     stop.signal is None

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import MethodType
 
-from .launch.channel import channel
-from .launch.topology import topology
+from ..launch.channel import channel
+from ..launch.topology import topology
 
 # Methods of models and tokenizers that write files or push to the hub.
 _WRITERS = (

@@ -7,7 +7,7 @@ PyTorch's `GradScaler` then raises "No inf checks were recorded for this optimiz
 
 import torch
 
-from .patches import Ledger
+from ..patches import Ledger
 
 
 def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> Ledger:
@@ -24,7 +24,7 @@ def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> Ledger:
 
     ```python
     >>> import torch
-    >>> from accelerate_unsloth.grad_scaler import allow_steps_without_gradients
+    >>> from accelerate_unsloth.reliability.grad_scaler import allow_steps_without_gradients
     >>> scaler = torch.amp.GradScaler("cpu")
     >>> patches = allow_steps_without_gradients(scaler)
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])

@@ -10,8 +10,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from .launch.channel import channel
-from .launch.topology import topology
+from ..launch.channel import channel
+from ..launch.topology import topology
 
 
 def prepare(folder: Path) -> bool:

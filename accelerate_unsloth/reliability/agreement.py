@@ -13,13 +13,13 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from ._version import __version__
+from .._version import __version__
+from ..data.contents import digest_of_samples
+from ..data.lengths import lengths_of
+from ..launch.channel import channel
+from ..launch.topology import topology
+from ..masking import HIDDEN, is_secret_name, without_secrets
 from .checksum import bit_sums, kept_buffers
-from .data.contents import digest_of_samples
-from .data.lengths import lengths_of
-from .launch.channel import channel
-from .launch.topology import topology
-from .masking import HIDDEN, is_secret_name, without_secrets
 
 _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")
 
@@ -126,7 +126,7 @@ def differences(descriptions: list[dict[str, Any]]) -> list[str]:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.agreement import differences
+    >>> from accelerate_unsloth.reliability.agreement import differences
     >>> differences([{"argument seed": 1}, {"argument seed": 2}])
     ['argument seed: 1 on rank 0; 2 on rank 1']
     ```

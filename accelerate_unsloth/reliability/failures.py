@@ -12,9 +12,9 @@ import sys
 import threading
 import traceback
 
-from .launch.channel import PeerFailure, channel
-from .launch.topology import topology
-from .patches import ledger
+from ..launch.channel import PeerFailure, channel
+from ..launch.topology import topology
+from ..patches import ledger
 
 _WAIT_FOR_MAIN_S = 6.0
 

@@ -14,8 +14,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from .launch.channel import PeerFailure, channel
-from .launch.topology import topology
+from ..launch.channel import PeerFailure, channel
+from ..launch.topology import topology
 
 _DEFAULT_S = 3600
 _PART_OF_GROUP_TIMEOUT = 0.8  # so that stacks are written before the process group gives up
@@ -38,7 +38,7 @@ def resolve_timeout(requested_s: float | None, group_timeout_s: float, world_siz
     Example:
 
     ```python
-    >>> from accelerate_unsloth.watchdog import resolve_timeout
+    >>> from accelerate_unsloth.reliability.watchdog import resolve_timeout
     >>> resolve_timeout(None, 1800, world_size=1), resolve_timeout(None, 1800, world_size=2)
     (3600, 1440.0)
     ```

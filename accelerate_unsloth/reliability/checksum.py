@@ -27,7 +27,7 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
     ```python
     >>> import torch
-    >>> from accelerate_unsloth.checksum import bit_sums
+    >>> from accelerate_unsloth.reliability.checksum import bit_sums
     >>> bit_sums({"weight": torch.tensor([1, 2])})
     {'weight': 5}
     ```
@@ -58,7 +58,7 @@ def kept_buffers(model) -> dict:
 
     ```python
     >>> import torch
-    >>> from accelerate_unsloth.checksum import kept_buffers
+    >>> from accelerate_unsloth.reliability.checksum import kept_buffers
     >>> list(kept_buffers(torch.nn.BatchNorm1d(2)))
     ['running_mean', 'running_var', 'num_batches_tracked']
     ```
