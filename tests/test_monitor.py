@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from accelerate_unsloth.pressure import PressureWatch, find
-from accelerate_unsloth.readings import RankReading, summary
+from accelerate_unsloth.reporting.memory_warnings import PressureWatch, find
+from accelerate_unsloth.reporting.readings import RankReading, summary
 
 from .launching import WORKERS, launch, result
 
@@ -110,7 +110,7 @@ def test_rank_0_alone_warns_of_the_pressure_on_any_rank(monkeypatch):
 def test_a_gpu_is_read_as_the_driver_and_pytorch_tell(monkeypatch):
     import torch
 
-    from accelerate_unsloth.monitor import Monitor
+    from accelerate_unsloth.reporting.monitor import Monitor
 
     gib, retries = 2**30, iter([4, 7, 7, 9])
     told = {"max_memory_allocated": 10 * gib, "max_memory_reserved": 12 * gib, "memory_reserved": 11 * gib}

@@ -2,15 +2,15 @@
 
 import tracemalloc
 
-from accelerate_unsloth import quiet
+from accelerate_unsloth.reporting import verbosity
 
 MIB = 2**20
 
 
 def test_what_a_muted_rank_prints_is_neither_shown_nor_kept(monkeypatch, capsys):
-    monkeypatch.setattr(quiet, "_muted", True)
+    monkeypatch.setattr(verbosity, "_muted", True)
     tracemalloc.start()
-    with quiet.muted_prints():
+    with verbosity.muted_prints():
         before, _ = tracemalloc.get_traced_memory()
         for number in range(16):
             print(f"{number} 🦥" * (MIB // 8))
@@ -22,7 +22,7 @@ def test_what_a_muted_rank_prints_is_neither_shown_nor_kept(monkeypatch, capsys)
 
 
 def test_a_rank_that_is_not_muted_prints(monkeypatch, capsys):
-    monkeypatch.setattr(quiet, "_muted", False)
-    with quiet.muted_prints():
+    monkeypatch.setattr(verbosity, "_muted", False)
+    with verbosity.muted_prints():
         print("heard")
     assert capsys.readouterr().out == "heard\n"

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from accelerate_unsloth.masking import HIDDEN, command_without_secrets, is_secret_name, without_secrets
-from accelerate_unsloth.readings import History, Interval, RankReading, summary
-from accelerate_unsloth.training_report import FILE_NAME, Record, charts, figures, page, write
-from accelerate_unsloth.training_report.record import Spent
+from accelerate_unsloth.reporting.html import FILE_NAME, Record, charts, figures, page, write
+from accelerate_unsloth.reporting.html.record import Spent
+from accelerate_unsloth.reporting.readings import History, Interval, RankReading, summary
+from accelerate_unsloth.reporting.secrets import HIDDEN, command_without_secrets, is_secret_name, without_secrets
 
 from .launching import WORKERS, launch, result
 
@@ -444,7 +444,8 @@ class Training:
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    from accelerate_unsloth import UnslothPlugin, training_report
+    from accelerate_unsloth import UnslothPlugin
+    from accelerate_unsloth.reporting import html
     from accelerate_unsloth.trainers.reporting import ReportMixin
 
     class Reporting(ReportMixin, Training):
@@ -455,7 +456,7 @@ def trainer(tmp_path, monkeypatch):
     def collect(trainer, engine, began, began_at_step, spent, history, warnings):
         return a_record(began=began, began_at_step=began_at_step, spent=spent, warnings=list(warnings))
 
-    monkeypatch.setattr(training_report, "collect", collect)
+    monkeypatch.setattr(html, "collect", collect)
     return Reporting()
 
 

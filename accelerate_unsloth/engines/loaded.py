@@ -9,8 +9,8 @@ import torch
 from ..launch import command, process
 from ..launch.topology import topology, uses_cpu
 from ..plugin import UnslothPlugin
-from ..quiet import quiet_other_ranks
 from ..reliability import failures
+from ..reporting.verbosity import quiet_other_ranks
 from . import environment, resolve
 
 failures.install()

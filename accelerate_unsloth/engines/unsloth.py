@@ -6,8 +6,8 @@ import torch
 
 from ..launch.topology import topology
 from ..patches import ledger
-from ..quiet import muted_prints
 from ..reliability import rank0_writes
+from ..reporting.verbosity import muted_prints
 from . import check_model_name, environment, placement
 
 _ASKED_FOR = "_accelerate_unsloth_checkpointing_asked"  # read by trainers/planning.py

@@ -23,7 +23,6 @@ from ..data.loader import count_items
 from ..launch import command
 from ..launch.channel import channel
 from ..launch.topology import topology, uses_cpu
-from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
@@ -31,6 +30,7 @@ from ..reduction import FlatReducer, LocalReducer, broadcast
 from ..reliability import agreement
 from ..reliability.checksum import kept_buffers
 from ..reliability.grad_scaler import allow_steps_without_gradients
+from ..reporting.monitor import Monitor
 from . import state
 from .epoch import EpochMixin
 from .evaluation import EvaluationMixin

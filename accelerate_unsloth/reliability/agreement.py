@@ -18,7 +18,7 @@ from ..data.contents import digest_of_samples
 from ..data.lengths import lengths_of
 from ..launch.channel import channel
 from ..launch.topology import topology
-from ..masking import HIDDEN, is_secret_name, without_secrets
+from ..reporting.secrets import HIDDEN, is_secret_name, without_secrets
 from .checksum import bit_sums, kept_buffers
 
 _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")

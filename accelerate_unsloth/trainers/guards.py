@@ -11,11 +11,11 @@ from transformers.utils import logging
 
 from ..launch.channel import channel
 from ..launch.topology import topology
-from ..quiet import muted_prints, without_training_banner
 from ..reduction import are_finite
 from ..reliability.checksum import bit_sums
 from ..reliability.stop_signals import StopRequest
 from ..reliability.watchdog import Watchdog, resolve_timeout
+from ..reporting.verbosity import muted_prints, without_training_banner
 
 logger = logging.get_logger(__name__)
 

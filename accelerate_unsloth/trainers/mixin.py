@@ -16,18 +16,18 @@ from ..engines.loaded import choice
 import torch
 from accelerate.utils import DistributedType
 
-from .. import report
 from ..data.loader import MicroBatch, Slot, count_items, count_tokens
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
 from ..launch.channel import channel
 from ..launch.topology import topology
-from ..monitor import Monitor
 from ..plugin import UnslothPlugin
 from ..policies import gradient_sync
-from ..quiet import mute_libraries, muted_prints
 from ..reduction import FlatReducer
 from ..reliability import agreement, rank0_writes
 from ..reliability.grad_scaler import allow_steps_without_gradients
+from ..reporting import startup_table
+from ..reporting.monitor import Monitor
+from ..reporting.verbosity import mute_libraries, muted_prints
 from . import loss
 from .checkpointing import CheckpointMixin
 from .evaluation import EvaluationMixin
@@ -189,7 +189,7 @@ class DistributedTrainerMixin(
             self._undo_after_training.callback(allow_steps_without_gradients(self.accelerator.scaler).undo)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)  # or the probe's, which is larger, would be reported
-        report.show(self, choice)
+        startup_table.show(self, choice)
         return prepared
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -10,11 +10,11 @@ from ..engines.loaded import choice
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .. import training_report
-from ..pressure import PressureWatch
-from ..readings import summary
 from ..reliability import rank0_writes
-from ..training_report.record import Spent
+from ..reporting import html
+from ..reporting.html.record import Spent
+from ..reporting.memory_warnings import PressureWatch
+from ..reporting.readings import summary
 from .caches import free_if_in_the_way
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,7 @@ class ReportMixin:
         """A report that cannot be written costs a warning, not the training."""
         try:
             self._clock.spent.unlogged_s = self._monitor.unlogged_s
-            record = training_report.collect(
+            record = html.collect(
                 self,
                 choice,
                 self._clock.began,
@@ -52,7 +52,7 @@ class ReportMixin:
                 self._monitor.history,
                 self._pressure.said.values(),
             )
-            training_report.write(record, Path(self.args.output_dir))
+            html.write(record, Path(self.args.output_dir))
         except Exception as error:  # whatever a drawing library, a full disk or an odd model comes up with
             logger.warning(
                 f"The training is complete, but its report was not written to {self.args.output_dir} "

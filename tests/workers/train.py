@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin, report
+from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
 from accelerate_unsloth.engines.loaded import choice
+from accelerate_unsloth.reporting import startup_table
 
 # isort: split
 import datasets
@@ -97,7 +98,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
         "wrapper": type(trainer.model_wrapped).__name__,
         "log_history": trainer.state.log_history,
-        "decisions": report.rows(trainer, choice),
+        "decisions": startup_table.rows(trainer, choice),
     }
     (out / f"result{rank}.json").write_text(json.dumps(seen))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

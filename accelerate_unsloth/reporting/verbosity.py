@@ -11,7 +11,7 @@ import warnings
 from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 
-from .launch.topology import topology
+from ..launch.topology import topology
 
 _muted = False
 

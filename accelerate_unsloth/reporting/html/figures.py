@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.training_report.figures import duration
+    >>> from accelerate_unsloth.reporting.html.figures import duration
     >>> duration(4.26), duration(192), duration(7500)
     ('4.3 s', '3 min 12 s', '2 h 05 min')
     ```
@@ -197,7 +197,7 @@ def thinned(points: list[tuple[int, float]], most: int) -> tuple[list[tuple[int,
     Example:
 
     ```python
-    >>> from accelerate_unsloth.training_report.figures import thinned
+    >>> from accelerate_unsloth.reporting.html.figures import thinned
     >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0)], most=2)
     ([(2, 3.0), (3, 6.0)], 2)
     ```

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from .. import report
-from .._version import __version__
-from ..launch import command
+from ..._version import __version__
+from ...launch import command
+from .. import startup_table
 from ..readings import History
 
 
@@ -112,7 +112,7 @@ def collect(
         reduces_inside_backward=trainer.gradient_sync.mode == "overlapped",
         facts=_facts(trainer),
         warnings=list(warnings),
-        decisions=[row for row in report.rows(trainer, engine) if row[0] != "versions"],
+        decisions=[row for row in startup_table.rows(trainer, engine) if row[0] != "versions"],
         versions=_versions(),
         command=command.script(),
     )
@@ -140,4 +140,4 @@ def _versions() -> dict[str, str]:
     machine = {"Python": platform.python_version(), "system": platform.platform()}
     if torch.version.cuda:
         machine["CUDA"] = f"{torch.version.cuda}, that PyTorch was built with"
-    return {"accelerate_unsloth": __version__} | report.versions() | machine
+    return {"accelerate_unsloth": __version__} | startup_table.versions() | machine

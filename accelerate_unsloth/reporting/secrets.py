@@ -47,7 +47,7 @@ def is_secret_name(name: str) -> bool:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.masking import is_secret_name
+    >>> from accelerate_unsloth.reporting.secrets import is_secret_name
     >>> [is_secret_name(name) for name in ("--hub_token", "WANDB_API_KEY", "--pad_token", "--micro_batch_tokens")]
     [True, True, False, False]
     ```
@@ -85,7 +85,7 @@ def command_without_secrets(words: Sequence[str], environment: Mapping[str, str]
     Example:
 
     ```python
-    >>> from accelerate_unsloth.masking import command_without_secrets
+    >>> from accelerate_unsloth.reporting.secrets import command_without_secrets
     >>> command_without_secrets(["train.py", "--hub_token", "abc", "--lr=1e-4", "--api-key=xyz"])
     ['train.py', '--hub_token', 'HIDDEN', '--lr=1e-4', '--api-key=HIDDEN']
     ```

@@ -49,7 +49,7 @@ def draw(record: Record) -> list[Chart]:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.training_report import Record, charts
+    >>> from accelerate_unsloth.reporting.html import Record, charts
     >>> record = Record("tiny", 2, 2, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
     >>> [chart.title for chart in charts.draw(record)]
     ['Loss']

@@ -40,8 +40,8 @@ def find(ranks: list[RankReading]) -> list[Pressure]:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.pressure import find
-    >>> from accelerate_unsloth.readings import RankReading
+    >>> from accelerate_unsloth.reporting.memory_warnings import find
+    >>> from accelerate_unsloth.reporting.readings import RankReading
     >>> [(found.kind, found.ranks) for found in find([RankReading(), RankReading(peak_gib=23, reachable_gib=24)])]
     [('gpu full', (1,))]
     ```

@@ -13,8 +13,8 @@ import torch
 from accelerate.utils import gather
 from transformers import TrainerCallback
 
-from .launch.channel import channel
-from .launch.topology import topology
+from ..launch.channel import channel
+from ..launch.topology import topology
 from .readings import History, RankReading
 
 _GIB = 2**30

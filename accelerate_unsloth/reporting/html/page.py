@@ -4,7 +4,7 @@ import html
 import shlex
 from collections.abc import Iterable, Sequence
 
-from ..masking import command_without_secrets, without_secrets
+from ..secrets import command_without_secrets, without_secrets
 from . import charts, figures
 from .record import Record
 from .style import CSS
@@ -54,7 +54,7 @@ def render(record: Record) -> str:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.training_report import Record, page
+    >>> from accelerate_unsloth.reporting.html import Record, page
     >>> "<h2>Decisions</h2>" in page.render(Record("tiny", 1, 1, [{"step": 1, "loss": 2.0}], decisions=[("a", "b", "c")]))
     True
     ```

@@ -72,7 +72,7 @@ def summary(ranks: list[RankReading]) -> dict[str, float | int]:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.readings import RankReading, summary
+    >>> from accelerate_unsloth.reporting.readings import RankReading, summary
     >>> summary([RankReading(300, 2.0, 1.8, 2), RankReading(100, 2.0, 0.6, 2)])["token_imbalance"]
     1.5
     ```
@@ -115,7 +115,7 @@ class History:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.readings import History, RankReading
+    >>> from accelerate_unsloth.reporting.readings import History, RankReading
     >>> history = History(capacity=2)
     >>> for step in (1, 2, 3):
     ...     history.add(step, [RankReading(tokens=10)])
