@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 import accelerate_unsloth
-from accelerate_unsloth import ConfigManager, DeviceManager, UnslothPlugin, enable_multi_gpu, shapes
+from accelerate_unsloth import ConfigManager, DeviceManager, UnslothPlugin, enable_multi_gpu
 from accelerate_unsloth.config_manager import amounts
 from accelerate_unsloth.devices.nvml import Gpu
-from accelerate_unsloth.estimate import estimate
-from accelerate_unsloth.memory import ModelShape
+from accelerate_unsloth.memory import model_sizes
+from accelerate_unsloth.memory.budget import ModelShape
+from accelerate_unsloth.memory.estimate import estimate
 
 from .launching import ROOT, clean_environment, launch
 from .test_devices import Table
@@ -55,22 +56,22 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("size", shapes.KNOWN)
+@pytest.mark.parametrize("size", model_sizes.KNOWN)
 def test_the_dims_of_a_size_have_the_published_number_of_parameters(size):
-    shape = shapes.resolve(size).shape
+    shape = model_sizes.resolve(size).shape
     assert shape.stored_linear_values + shape.embedding_values == pytest.approx(PUBLISHED_PARAMETERS[size], rel=1e-3)
     assert shape.head_dim * shape.heads == shape.hidden
 
 
 def test_a_size_is_found_however_it_is_written_and_says_whose_dims_it_has():
-    assert shapes.resolve(" 8 b").shape == LLAMA_8B
-    assert shapes.resolve("8B").source == "8B, with the dims of Llama-3.1-8B"
+    assert model_sizes.resolve(" 8 b").shape == LLAMA_8B
+    assert model_sizes.resolve("8B").source == "8B, with the dims of Llama-3.1-8B"
 
 
 @pytest.mark.parametrize("size", ["6B", "7", "7.B"])
 def test_a_size_that_is_not_in_the_table_is_refused_with_those_that_are(size):
     with pytest.raises(ValueError, match=r"not in the table.*0\.5B, 1B.*hub id, a folder or a config"):
-        shapes.resolve(size)
+        model_sizes.resolve(size)
 
 
 def test_a_folder_a_config_and_a_shape_give_the_same_sizes(tiny_model):
@@ -78,8 +79,13 @@ def test_a_folder_a_config_and_a_shape_give_the_same_sizes(tiny_model):
 
     config = AutoConfig.from_pretrained(tiny_model)
     shape = ModelShape(32, 64, 2, 4, 2, 8, config.vocab_size)
-    assert shapes.resolve(tiny_model).shape == shapes.resolve(config).shape == shapes.resolve(shape).shape == shape
-    assert shapes.resolve(config).source == "the LlamaConfig that was given"
+    assert (
+        model_sizes.resolve(tiny_model).shape
+        == model_sizes.resolve(config).shape
+        == model_sizes.resolve(shape).shape
+        == shape
+    )
+    assert model_sizes.resolve(config).source == "the LlamaConfig that was given"
 
 
 SHAPE_OF = """
@@ -102,7 +108,7 @@ def test_a_hub_id_of_the_local_cache_is_read_without_importing_transformers(tiny
     (cached / "snapshots" / "abc" / "config.json").write_text((tiny_model / "config.json").read_text())
     finished = run(SHAPE_OF, "someone/tiny", environment={"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert finished.returncode == 0, finished.stderr
-    assert ModelShape(**json.loads(finished.stdout)) == shapes.resolve(tiny_model).shape
+    assert ModelShape(**json.loads(finished.stdout)) == model_sizes.resolve(tiny_model).shape
     absent = run(SHAPE_OF, "someone/else", environment={"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert "ValueError: The config of 'someone/else' could not be read" in absent.stderr
 
@@ -154,7 +160,7 @@ def test_activations_are_recomputed_where_they_do_not_fit_and_kept_where_they_do
 def test_the_memory_fraction_of_the_environment_is_used_and_said(monkeypatch):
     monkeypatch.setenv("ACCELERATE_UNSLOTH_MEMORY_FRACTION", "0.5")
     config = manager.get_optimal_config("1B", 20, 1)
-    shape = shapes.resolve("1B").shape
+    shape = model_sizes.resolve("1B").shape
     held = estimate(shape, checkpointing=config["enable_gradient_checkpointing"])
     assert config["plugin"].micro_batch_tokens == held.largest_micro_batch(20, 0.5)
     assert "0.5 of it may be used" in config.assumptions["memory"]
@@ -192,7 +198,7 @@ def test_what_the_environment_asks_for_is_obeyed(variables, checkpointing, token
 
 def fitting(recompute):
     """Tokens of the largest micro-batch of a 7B model on each of 4 GPUs of 80 GB."""
-    shape, gpu_gib = shapes.resolve("7B").shape, 80e9 / 2**30
+    shape, gpu_gib = model_sizes.resolve("7B").shape, 80e9 / 2**30
     return estimate(shape, checkpointing=recompute, num_gpus=4).largest_micro_batch(gpu_gib)
 
 

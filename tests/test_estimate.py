@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from accelerate_unsloth.bench.workload import DIMENSIONS, VOCABULARY
 from accelerate_unsloth.cli import app
-from accelerate_unsloth.estimate import estimate
-from accelerate_unsloth.memory import GIB, ModelShape
-from accelerate_unsloth.optimizer_state import state_bytes, state_bytes_or_adams
-from accelerate_unsloth.shapes import KNOWN
+from accelerate_unsloth.memory.budget import GIB, ModelShape
+from accelerate_unsloth.memory.estimate import estimate
+from accelerate_unsloth.memory.model_sizes import KNOWN
+from accelerate_unsloth.memory.optimizer_state import state_bytes, state_bytes_or_adams
 
 from .launching import ROOT, clean_environment
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from accelerate_unsloth import memory, optimizer_state
+from accelerate_unsloth.memory import budget, optimizer_state
 from accelerate_unsloth.policies import attention, checkpointing, gradient_sync, micro_batch
 from accelerate_unsloth.reliability.watchdog import resolve_timeout
 
@@ -157,23 +157,23 @@ def test_what_failed_is_not_planned_again():
     assert micro_batch.confirmed(choice, 21_000, 2_048).token_budget == 21_000
 
 
-LLAMA_8B = memory.ModelShape(4096, 14336, 32, 32, 8, 128, 49152)
+LLAMA_8B = budget.ModelShape(4096, 14336, 32, 32, 8, 128, 49152)
 
 
 def test_the_arithmetic_gives_the_weights_and_peaks_that_were_measured():
     """Within 15% of benchmarks/step_cost_h200.json."""
-    nf4_gib = (LLAMA_8B.stored_linear_values * memory.NF4_BYTES + 2 * LLAMA_8B.embedding_values) / memory.GIB
+    nf4_gib = (LLAMA_8B.stored_linear_values * budget.NF4_BYTES + 2 * LLAMA_8B.embedding_values) / budget.GIB
     assert nf4_gib == pytest.approx(4.14, rel=0.02)
     assert LLAMA_8B.lora_values(16) == 41_943_040
     for tokens, measured_gib in ((1024, 5.13), (4096, 5.80), (16384, 7.83)):
         step = 41_943_040 * 10 + LLAMA_8B.workspace_bytes + LLAMA_8B.activation_bytes(tokens, True)
-        assert nf4_gib + step / memory.GIB == pytest.approx(measured_gib, rel=0.15)
+        assert nf4_gib + step / budget.GIB == pytest.approx(measured_gib, rel=0.15)
 
 
 def test_what_fits_shrinks_with_the_optimizer_and_grows_with_checkpointing():
     def fits(optim, checkpointing, left_gib=20):
         optim_bytes = optimizer_state.state_bytes(optim)
-        return memory.tokens_that_fit(LLAMA_8B, left_gib * memory.GIB, 41_943_040, 4, optim_bytes, checkpointing)
+        return budget.tokens_that_fit(LLAMA_8B, left_gib * budget.GIB, 41_943_040, 4, optim_bytes, checkpointing)
 
     assert fits("adamw_torch", False) < fits("adamw_8bit", False) < fits("adamw_8bit", True)
     assert fits("adamw_torch", True, left_gib=0.1) == 0

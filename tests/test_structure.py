@@ -16,10 +16,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 from typer.testing import CliRunner
 
-from accelerate_unsloth import ConfigManager, shapes, structure
+from accelerate_unsloth import ConfigManager
 from accelerate_unsloth.cli import app
-from accelerate_unsloth.estimate import EXPERTS_NOTE, estimate
-from accelerate_unsloth.memory import ModelShape
+from accelerate_unsloth.memory import model_shape, model_sizes
+from accelerate_unsloth.memory.budget import ModelShape
+from accelerate_unsloth.memory.estimate import EXPERTS_NOTE, estimate
 
 SMALL = {
     "vocab_size": 512,
@@ -121,7 +122,7 @@ def counted(shape: ModelShape) -> int:
 def test_the_weights_are_those_of_the_model(model_type):
     changes, intermediate = KNOWN[model_type]
     config = config_of(model_type, changes)
-    shape = structure.read_config(config)
+    shape = model_shape.read_config(config)
     assert counted(shape) == pytest.approx(parameters_of(built(config)), rel=0.02)
     assert shape.intermediate == intermediate
     assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (64, 4, 4, 2, 16)
@@ -131,7 +132,7 @@ def test_the_weights_are_those_of_the_model(model_type):
 def test_a_model_of_other_layers_is_unknown_and_the_reason_names_them(model_type):
     changes, part = UNKNOWN[model_type]
     with pytest.raises(ValueError, match=f"is unknown: .*{part}.* nothing is planned"):
-        shapes.from_config(config_of(model_type, changes))
+        model_sizes.from_config(config_of(model_type, changes))
 
 
 # By the models' cards, in billions.
@@ -173,7 +174,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_models_with_experts_have_the_published_number_of_parameters(name):
     model_type, sizes, billions = PUBLISHED[name]
-    assert counted(structure.read_config(CONFIG_MAPPING[model_type](**sizes))) == pytest.approx(
+    assert counted(model_shape.read_config(CONFIG_MAPPING[model_type](**sizes))) == pytest.approx(
         1e9 * billions, rel=0.01
     )
 
@@ -194,9 +195,9 @@ def test_no_language_model_of_transformers_is_silently_wrong():
 def counted_twice(model_type):
     """Weights by the shape and by the model of a default config, or `None` where the shape is unknown."""
     try:
-        model = structure.on_meta_device(CONFIG_MAPPING[model_type]())
-        return model_type, counted(structure.read(model)), parameters_of(model)
-    except structure.UnknownStructure:
+        model = model_shape.on_meta_device(CONFIG_MAPPING[model_type]())
+        return model_type, counted(model_shape.read(model)), parameters_of(model)
+    except model_shape.UnknownStructure:
         return None
 
 
@@ -208,7 +209,7 @@ WITH_ADAPTERS = {"llama": {}, "qwen3_moe": {"target_parameters": EXPERTS}}
 @pytest.mark.parametrize("model_type", WITH_ADAPTERS)
 def test_adapters_are_those_that_peft_makes(model_type):
     config = config_of(model_type, KNOWN[model_type][0])
-    shape = structure.read_config(config)
+    shape = model_shape.read_config(config)
     model = get_peft_model(built(config), LoraConfig(r=4, target_modules=LINEAR, **WITH_ADAPTERS[model_type]))
     assert shape.lora_values(4) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -231,38 +232,38 @@ def test_a_loaded_model_has_the_same_shape_with_adapters_trained_embeddings_and_
             if weight.dim() == 3:
                 setattr(module, name, packed(weight))
     assert all(weight.dtype == torch.uint8 for name, weight in model.named_parameters() if name.endswith("_proj"))
-    assert structure.shape_of(model) == structure.read_config(config)
+    assert model_shape.shape_of(model) == model_shape.read_config(config)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=LINEAR[:4], modules_to_save=["embed_tokens"]))
-    assert structure.shape_of(adapted) == structure.read_config(config)
+    assert model_shape.shape_of(adapted) == model_shape.read_config(config)
 
 
 def test_experts_in_a_module_list_are_experts():
     """As in code that comes with a model, and as Unsloth loads some of them in 4 bits."""
     config = config_of("qwen3_moe", KNOWN["qwen3_moe"][0])
-    model, stacked = built(config), structure.read_config(config)
+    model, stacked = built(config), model_shape.read_config(config)
     for layer in model.model.layers:
         layer.mlp.experts = torch.nn.ModuleList(Qwen3MoeMLP(config, 32) for _ in range(8))
-    listed = structure.shape_of(model)
+    listed = model_shape.shape_of(model)
     assert (listed.intermediate, listed.stored_linear_values) == (stacked.intermediate, stacked.stored_linear_values)
 
 
 def test_a_loaded_model_of_other_layers_has_no_shape():
-    assert structure.shape_of(built(config_of("falcon_h1", {}))) is None
+    assert model_shape.shape_of(built(config_of("falcon_h1", {}))) is None
     twice = built(config_of("llama", {}))
     twice.model.layers[1].cross_attn = copy.deepcopy(twice.model.layers[1].self_attn)
-    assert structure.shape_of(twice) is None
+    assert model_shape.shape_of(twice) is None
 
 
 def test_reading_a_config_leaves_it_as_it_was():
     config = config_of("llama", {})
     before, kernel = config.to_dict(), config._attn_implementation
-    structure.read_config(config)
+    model_shape.read_config(config)
     assert (config.to_dict(), config._attn_implementation) == (before, kernel)
 
 
 def test_idle_experts_take_weights_and_adapters_but_no_time_of_a_token():
     two, all_of_eight = (
-        structure.read_config(config_of("qwen3_moe", {"num_experts": 8, **ROUTED, "num_experts_per_tok": active}))
+        model_shape.read_config(config_of("qwen3_moe", {"num_experts": 8, **ROUTED, "num_experts_per_tok": active}))
         for active in (2, 8)
     )
     assert counted(two) == counted(all_of_eight)
@@ -318,4 +319,4 @@ def test_a_config_class_that_transformers_has_no_model_for_is_unknown():
         model_type = "own"
 
     with pytest.raises(ValueError, match="OwnConfig is unknown: transformers has no language model for it"):
-        shapes.from_config(OwnConfig())
+        model_sizes.from_config(OwnConfig())

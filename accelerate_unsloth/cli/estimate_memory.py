@@ -21,11 +21,11 @@ def estimate_memory(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Weights, adapters, optimizer and activations per GPU, and the largest micro-batch. Vision towers are not counted."""
-    from .. import shapes
-    from ..estimate import estimate
+    from ..memory import model_sizes
+    from ..memory.estimate import estimate
 
     try:
-        shape = shapes.resolve(model_name).shape
+        shape = model_sizes.resolve(model_name).shape
         estimates = {
             case: estimate(shape, case[0] == 4, r, optim, checkpointing=case[1], num_gpus=num_gpus) for case in _CASES
         }
@@ -54,7 +54,7 @@ def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    from ..estimate import EXPERTS_NOTE
+    from ..memory.estimate import EXPERTS_NOTE
 
     table = Table(title=f"{model_name}, LoRA with Unsloth, GiB a GPU", title_justify="left", pad_edge=False)
     if any(found.shape.has_experts for found in estimates.values()):

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import shapes
 from ..devices.manager import Device, DeviceManager
-from ..estimate import EXPERTS_NOTE
 from ..launch.topology import Topology
+from ..memory import model_sizes
+from ..memory.estimate import EXPERTS_NOTE
 from ..plugin import UnslothPlugin
 from ..policies import micro_batch
 from ..policies.micro_batch import MicroBatchChoice
@@ -114,7 +114,7 @@ class ConfigManager:
         optim: str = "adamw_8bit",
     ) -> ExplainedConfig:
         """As `get_optimal_config`, with options that are given."""
-        named = shapes.resolve(model_size)
+        named = model_sizes.resolve(model_size)
         processes, counted = self._processes(num_gpus)
         gpu_gib, read = self._memory(available_memory, processes)
         work = Workload(

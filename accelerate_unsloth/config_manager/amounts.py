@@ -3,7 +3,7 @@
 import math
 import re
 
-from ..memory import GIB
+from ..memory.budget import GIB
 
 _BYTES = {"GB": 10**9, "GIB": GIB, "MB": 10**6, "MIB": 2**20}
 

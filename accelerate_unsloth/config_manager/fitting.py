@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..estimate import Estimate, estimate
-from ..memory import ModelShape
+from ..memory.budget import ModelShape
+from ..memory.estimate import Estimate, estimate
 from ..policies import checkpointing
 from ..policies.checkpointing import CheckpointingChoice
 

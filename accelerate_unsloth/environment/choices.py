@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .. import engines, shapes
+from .. import engines
 from ..devices.manager import Device
 from ..engines.kernels import describe
-from ..estimate import estimate
 from ..launch.topology import Topology, uses_cpu
+from ..memory import model_sizes
+from ..memory.estimate import estimate
 from ..plugin import UnslothPlugin
 from ..policies import attention, checkpointing, gradient_sync, micro_batch
 from .finding import NOTE, PROBLEM, Finding
@@ -82,7 +83,7 @@ def _cut(plugin: UnslothPlugin, gpu_gib: float | None, processes: int) -> Iterat
     """Checkpointing and micro-batches, of a model that is trained on the smallest GPU; on a CPU neither is planned."""
     kept = recomputed = 0
     if gpu_gib is not None:
-        shape = shapes.resolve(_MODEL).shape
+        shape = model_sizes.resolve(_MODEL).shape
         kept, recomputed = (
             estimate(shape, checkpointing=recompute, num_gpus=processes).largest_micro_batch(
                 gpu_gib, plugin.memory_fraction

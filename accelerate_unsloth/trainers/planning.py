@@ -13,12 +13,12 @@ from ..engines.loaded import choice
 # isort: split
 from torch.utils.data import IterableDataset
 
-from .. import memory, optimizer_state, structure
 from ..data.balance import RowCost
 from ..data.lengths import count_different, lengths_of
 from ..data.loader import PlannedDataLoader, worker_seeding
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
 from ..launch.channel import channel
+from ..memory import budget, model_shape, optimizer_state
 from ..policies import attention, checkpointing, micro_batch
 
 # Tensor cores read 16 bytes at a time. A row without padding whose tokens are no multiple of 8 sends every product that
@@ -51,7 +51,7 @@ class PlanningMixin:
     @property
     def _row_cost(self) -> RowCost:
         padding_free = getattr(self, "padding_free", False) or getattr(self.args, "padding_free", False)
-        shape = structure.shape_of(self.model)
+        shape = model_shape.shape_of(self.model)
         return RowCost(padded=not padding_free, attention_per_token=shape.attention_per_token if shape else 0.0)
 
     def _get_dataloader(
@@ -192,15 +192,15 @@ class PlanningMixin:
         By arithmetic, on the rank with the least memory, if activations are kept and if they are recomputed; 0 where memory
         is not planned.
         """
-        shape = structure.shape_of(self.model) if kernels.plans_memory(choice.name) else None
+        shape = model_shape.shape_of(self.model) if kernels.plans_memory(choice.name) else None
         if shape is None:
             return 0, 0
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        left_bytes = memory.read(self.args.device, self.plugin.memory_fraction).left_bytes
+        left_bytes = budget.read(self.args.device, self.plugin.memory_fraction).left_bytes
         parameters, width = sum(p.numel() for p in trainable), max((p.element_size() for p in trainable), default=4)
         state_bytes = optimizer_state.state_bytes_or_adams(self.args.optim)
         fitting = [
-            memory.tokens_that_fit(shape, left_bytes, parameters, width, state_bytes, recompute)
+            budget.tokens_that_fit(shape, left_bytes, parameters, width, state_bytes, recompute)
             for recompute in (False, True)
         ]
         kept, recomputed = (

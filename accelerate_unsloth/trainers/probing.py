@@ -8,10 +8,10 @@ import gc
 
 import torch
 
-from .. import memory, optimizer_state, structure
 from ..data.sampler import EffectiveBatchSampler
 from ..engines import kernels
 from ..launch.channel import channel
+from ..memory import budget, model_shape, optimizer_state
 from ..policies import micro_batch
 
 _PROBED_STEPS = 1000
@@ -72,16 +72,16 @@ class ProbeMixin:
         peak = torch.cuda.max_memory_allocated(device)
         gc.collect()
         torch.cuda.empty_cache()
-        return fits and peak <= memory.read(device, self.plugin.memory_fraction).limit_bytes
+        return fits and peak <= budget.read(device, self.plugin.memory_fraction).limit_bytes
 
     def _too_long(self, samples: list[int], tokens: int, ranks: list[int]) -> str:
-        shape = structure.shape_of(self.model)
-        reading = memory.read(self.args.device, self.plugin.memory_fraction)
+        shape = model_shape.shape_of(self.model)
+        reading = budget.read(self.args.device, self.plugin.memory_fraction)
         arithmetic = ""
         if shape is not None:
             need = shape.activation_bytes(tokens, kernels.recomputes(self.model)) + shape.workspace_bytes
             arithmetic = (
-                f" (about {need / memory.GIB:.2f} GiB of activations; {reading.left_bytes / memory.GIB:.2f} GiB left)"
+                f" (about {need / budget.GIB:.2f} GiB of activations; {reading.left_bytes / budget.GIB:.2f} GiB left)"
             )
         return (
             f"Sample {samples[0]}, of {tokens} tokens, does not fit the memory of rank {', '.join(map(str, ranks))}"

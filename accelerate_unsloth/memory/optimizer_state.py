@@ -36,7 +36,7 @@ def state_bytes(optim: Any) -> int:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.optimizer_state import state_bytes
+    >>> from accelerate_unsloth.memory.optimizer_state import state_bytes
     >>> state_bytes("adamw_8bit"), state_bytes("adamw_torch")
     (2, 8)
     ```

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from . import memory
-from .memory import GIB, ModelShape
+from . import budget
+from .budget import GIB, ModelShape
 from .optimizer_state import state_bytes
 
 EXPERTS_NOTE = (
@@ -88,8 +88,8 @@ def estimate(
     Example:
 
     ```python
-    >>> from accelerate_unsloth.estimate import estimate
-    >>> from accelerate_unsloth.memory import ModelShape
+    >>> from accelerate_unsloth.memory.estimate import estimate
+    >>> from accelerate_unsloth.memory.budget import ModelShape
     >>> llama_8b = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
     >>> round(estimate(llama_8b).weights_gib, 1)
     5.3
@@ -98,7 +98,7 @@ def estimate(
     for name, value in {"r": r, "num_gpus": num_gpus}.items():
         if value < 1:
             raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Give one.")
-    bytes_per_weight = memory.NF4_BYTES if load_in_4bit else 2
+    bytes_per_weight = budget.NF4_BYTES if load_in_4bit else 2
     adapters = shape.lora_values(r)
     return Estimate(
         weights_gib=(shape.stored_linear_values * bytes_per_weight + 2 * shape.embedding_values) / GIB,
@@ -107,7 +107,7 @@ def estimate(
         optimizer_gib=state_bytes(optim) * adapters / GIB,
         reduction_gib=4 * adapters / GIB if num_gpus > 1 else 0.0,
         workspace_gib=shape.workspace_bytes / GIB,
-        context_gib=memory.CONTEXT_GIB,
+        context_gib=budget.CONTEXT_GIB,
         token_kib=(shape.working_bytes + (0 if checkpointing else shape.kept_bytes)) / 1024,
         shape=shape,
         checkpointing=checkpointing,

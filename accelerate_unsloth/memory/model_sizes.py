@@ -13,8 +13,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import structure
-from .memory import ModelShape
+from . import model_shape
+from .budget import ModelShape
 
 # The dims that were published for the models that are named. Where several models go by one size, the one that takes
 # the most memory: Qwen2.5-7B has a vocabulary several times that of Mistral-7B and Llama-2-7B.
@@ -118,8 +118,8 @@ def from_config(config: Any) -> ModelShape:
         ValueError: if the memory of the model is unknown.
     """
     try:
-        return structure.read_config(config)
-    except structure.UnknownStructure as error:
+        return model_shape.read_config(config)
+    except model_shape.UnknownStructure as error:
         raise _unknown(type(config).__name__, str(error)) from error
 
 

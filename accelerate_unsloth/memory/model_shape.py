@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .memory import ModelShape
+from .budget import ModelShape
 
 Size = tuple[int, ...]
 
