@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from accelerate_unsloth.data.balance import RowCost
+from accelerate_unsloth.data.packing import RowCost
 from accelerate_unsloth.data.sampler import EffectiveBatchSampler
 
 TOKEN_BUDGET = 27_870  # of a micro-batch, as on an H200 with 8B dims in 4 bits

@@ -8,8 +8,8 @@ from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from accelerate_unsloth.data.balance import RowCost, assign_in_sizes, cut, deal_balanced, deal_level, pack_padded
 from accelerate_unsloth.data.lengths import count_different, lengths_of
+from accelerate_unsloth.data.packing import RowCost, assign_in_sizes, cut, deal_balanced, deal_level, pack_padded
 from accelerate_unsloth.data.sampler import deal
 
 ROWS = st.lists(st.integers(1, 500), min_size=1, max_size=60)

@@ -18,9 +18,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from accelerate_unsloth.data import dealt
-from accelerate_unsloth.data.dealt import Place
+from accelerate_unsloth.data import user_loader
 from accelerate_unsloth.data.loader_order import order_of
+from accelerate_unsloth.data.user_loader import Place
 
 
 def rows_of_hub():
@@ -101,14 +101,14 @@ def test_loaders_that_cannot_be_dealt_are_refused(loader, words):
 )
 def test_lengths_that_cannot_be_used_are_refused(loader, lengths, words):
     with pytest.raises(ValueError, match=words):
-        dealt.for_training(loader, Place(0, 1), accumulation=1, seed=0, lengths=lengths)
+        user_loader.for_training(loader, Place(0, 1), accumulation=1, seed=0, lengths=lengths)
 
 
 def padded_tokens(balance, accumulation=2):
     """Tokens, padding included, that each of two ranks computes in a step of 16 samples."""
     lengths = [(37 * i) % 101 + 1 for i in range(32)]
     loader = DataLoader(list(range(32)), batch_size=4)
-    plan = dealt.for_training(loader, Place(0, 2), accumulation, seed=0, balance=balance, lengths=lengths)
+    plan = user_loader.for_training(loader, Place(0, 2), accumulation, seed=0, balance=balance, lengths=lengths)
     ranks = plan._loader.batch_sampler.plan(step=0)
     return [sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) for batches in ranks]
 
@@ -128,7 +128,7 @@ BATCHES = [[9, 1], [2, 3, 4], [5], [6, 7], [8, 0]]
 
 def test_batches_of_a_sampler_of_ones_own_are_taken_by_turns():
     def batches(place):
-        epochs = dealt.for_training(DataLoader(list(range(10)), batch_sampler=BATCHES), place, 1, seed=0)
+        epochs = user_loader.for_training(DataLoader(list(range(10)), batch_sampler=BATCHES), place, 1, seed=0)
         return (batch for step in epochs.steps(0, 0, epochs.draw()) for batch in step)
 
     ranks = everyone(batches, 2)
@@ -147,14 +147,14 @@ def test_only_a_ranks_own_samples_are_loaded():
             loaded.append(index)
             return index
 
-    epochs = dealt.for_training(DataLoader(Rows(), batch_sampler=BATCHES), Place(1, 2), 1, seed=0)
+    epochs = user_loader.for_training(DataLoader(Rows(), batch_sampler=BATCHES), Place(1, 2), 1, seed=0)
     list(epochs.steps(0, 1, epochs.draw()))
     assert loaded == [6, 7]
 
 
 def test_batches_of_a_stream_are_taken_by_turns():
     def batches(place):
-        epochs = dealt.for_training(DataLoader(Stream(), batch_size=2), place, 1, seed=0)
+        epochs = user_loader.for_training(DataLoader(Stream(), batch_size=2), place, 1, seed=0)
         return (batch for step in epochs.steps(0, 1, None) for batch in step)
 
     ranks = everyone(batches, 2)
@@ -165,7 +165,7 @@ def test_batches_of_a_stream_are_taken_by_turns():
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_an_evaluation_takes_a_repeated_sample_once(batch_size):
     loader = DataLoader(list(range(4)), sampler=[3, 1, 3, 1, 0, 0], batch_size=batch_size)
-    ranks = everyone(lambda place: dealt.for_evaluation(loader, place), 2)
+    ranks = everyone(lambda place: user_loader.for_evaluation(loader, place), 2)
     assert sorted(index for rank in ranks for batch in rank for index in batch.samples) == [0, 1, 3]
 
 
@@ -173,7 +173,7 @@ def test_an_evaluation_takes_a_repeated_sample_once(batch_size):
 def test_a_distributed_sampler_does_not_deal_twice_or_repeat(shuffle):
     def batches(place):
         sampler = DistributedSampler(range(5), place.world_size, place.rank, shuffle=shuffle)
-        epochs = dealt.for_training(DataLoader(range(5), sampler=sampler, batch_size=2), place, 1, seed=0)
+        epochs = user_loader.for_training(DataLoader(range(5), sampler=sampler, batch_size=2), place, 1, seed=0)
         return (batch for step in epochs.steps(0, 0, None) for batch in step)
 
     ranks = everyone(batches, 2)
@@ -183,7 +183,7 @@ def test_a_distributed_sampler_does_not_deal_twice_or_repeat(shuffle):
 def test_a_data_set_that_holds_batches_is_dealt_batch_by_batch():
     rows = [torch.arange(3), torch.arange(3, 5), torch.arange(5, 9)]
     loader = DataLoader(rows, batch_size=None, shuffle=True)
-    ranks = everyone(lambda place: dealt.for_evaluation(loader, place), 1)
+    ranks = everyone(lambda place: user_loader.for_evaluation(loader, place), 1)
     places = {
         place: value for batch in ranks[0] for place, value in zip(batch.samples, batch.inputs.tolist(), strict=True)
     }
@@ -193,7 +193,7 @@ def test_a_data_set_that_holds_batches_is_dealt_batch_by_batch():
 @pytest.mark.parametrize("rows", [7, 8])
 def test_an_evaluation_gives_each_sample_to_one_rank(rows):
     loader = DataLoader(list(range(rows)), batch_size=2, shuffle=True)
-    ranks = everyone(lambda place: dealt.for_evaluation(loader, place), 3)
+    ranks = everyone(lambda place: user_loader.for_evaluation(loader, place), 3)
     values = [value for rank in ranks for batch in rank for value in batch.inputs.tolist()]
     assert sorted(values) == list(range(rows))
     for rank in ranks:
@@ -203,11 +203,11 @@ def test_an_evaluation_gives_each_sample_to_one_rank(rows):
 def test_samples_may_be_named_by_tuples():
     rows = {(row, column): 10 * row + column for row in range(2) for column in range(2)}
     loader = DataLoader(rows, batch_sampler=[[(0, 1), (1, 0)], [(1, 1), (0, 1)]])
-    as_json = json.loads(json.dumps(dealt.for_training(loader, Place(0, 1), 1, seed=0).draw()))
-    epochs = dealt.for_training(loader, Place(0, 1), 1, seed=0)
+    as_json = json.loads(json.dumps(user_loader.for_training(loader, Place(0, 1), 1, seed=0).draw()))
+    epochs = user_loader.for_training(loader, Place(0, 1), 1, seed=0)
     trained = [batch.inputs.tolist() for step in epochs.steps(0, 0, as_json) for batch in step]
     assert trained == [[1, 10], [11, 1]]
-    evaluated = dealt.for_evaluation(loader, Place(0, 1), share=lambda draw: json.loads(json.dumps(draw())))
+    evaluated = user_loader.for_evaluation(loader, Place(0, 1), share=lambda draw: json.loads(json.dumps(draw())))
     assert [batch.samples for batch in evaluated] == [[(0, 1), (1, 0)], [(1, 1)]]
 
 
@@ -217,7 +217,7 @@ def test_a_loader_with_an_iteration_of_its_own_is_read_as_a_stream():
             return (2 * batch for batch in super().__iter__())
 
     def batches(place):
-        epochs = dealt.for_training(Doubling([1, 2, 3], batch_size=1), place, 1, seed=0)
+        epochs = user_loader.for_training(Doubling([1, 2, 3], batch_size=1), place, 1, seed=0)
         return [batch.inputs.item() for step in epochs.steps(0, 0, None) for batch in step]
 
     assert everyone(batches, 2) == [[2, 6], [4]]
@@ -227,12 +227,12 @@ def test_a_loader_with_an_iteration_of_its_own_is_read_as_a_stream():
     ("inputs", "rows"), [({"n": 3, "x": torch.ones(4, 2)}, 4), ({"n": 3, "name": "abc"}, 1), (torch.ones(5), 5)]
 )
 def test_the_samples_of_a_batch_are_counted_by_its_first_list(inputs, rows):
-    assert dealt._rows(inputs) == rows
+    assert user_loader._rows(inputs) == rows
 
 
 def test_options_of_the_loader_are_kept():
     loader = DataLoader(list(range(8)), batch_size=2, num_workers=2, drop_last=True, collate_fn=tuple, timeout=9)
-    epochs = dealt.for_training(loader, Place(0, 1), accumulation=3, seed=0)
+    epochs = user_loader.for_training(loader, Place(0, 1), accumulation=3, seed=0)
     assert (epochs._loader.num_workers, epochs._loader.timeout) == (2, 9)
     assert epochs.num_steps(None) == 1  # one whole effective batch of 6, the rest dropped
 
@@ -263,7 +263,7 @@ DRAWN = {
 
 def drawn_by(rank, loader, seed=0):
     """The numbers of the first sample of each of a rank's two workers."""
-    epochs = dealt.for_training(loader, Place(rank, 2), 2, seed=0)
+    epochs = user_loader.for_training(loader, Place(rank, 2), 2, seed=0)
     torch.manual_seed(seed)
     first_step = next(epochs.steps(0, 0, epochs.draw()))
     return [number for batch in first_step for number in batch.inputs[0]]

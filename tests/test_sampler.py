@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelerate_unsloth.data.balance import RowCost
 from accelerate_unsloth.data.loader import count_tokens
+from accelerate_unsloth.data.packing import RowCost
 from accelerate_unsloth.data.sampler import EffectiveBatchSampler, EvaluationSampler, deal, epoch_order
 
 LAUNCH = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))  # processes, accumulation, micro-batch

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .balance import RowCost, assign_in_sizes, cut, deal_balanced
+from .packing import RowCost, assign_in_sizes, cut, deal_balanced
 
 
 def epoch_order(

@@ -6,7 +6,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
-from ..data import dealt
+from ..data import user_loader
 from ..data.contents import digest_of_samples
 from ..launch.channel import channel
 from ..policies.aggregation import AggregationMethod
@@ -18,7 +18,7 @@ from .state import changed
 class EpochMixin:
     """The epoch, for [`MultiGPUTrainer`]."""
 
-    def _begin(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> dealt.Epochs:
+    def _begin(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> user_loader.Epochs:
         """How the loader is dealt, which is drawn at the first step of an epoch and kept until its last."""
         epochs = self._deal(dataloader, lengths)
         if self.step_in_epoch == 0:
@@ -31,7 +31,7 @@ class EpochMixin:
             )
         return epochs
 
-    def _deal(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> dealt.Epochs:
+    def _deal(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> user_loader.Epochs:
         """The dealing of a loader, that of the last call where nothing that it follows from has changed."""
         rows, accumulation = getattr(dataloader, "dataset", None), self.gradient_accumulation_steps
         size = len(rows) if hasattr(rows, "__len__") else None
@@ -39,7 +39,7 @@ class EpochMixin:
             (known, its_lengths), follows_from, epochs = self._dealing
             if known is dataloader and its_lengths is lengths and follows_from == (size, accumulation, self.seed):
                 return epochs
-        epochs = dealt.for_training(
+        epochs = user_loader.for_training(
             dataloader, self.place, accumulation, self.seed, self.plugin.balance_tokens, lengths
         )
         described = {f"{name} of the loader": value for name, value in epochs.facts.items()}
@@ -60,7 +60,7 @@ class EpochMixin:
             return 0.0
         return float(totals.items) if self.aggregation.method is AggregationMethod.TOKEN_MEAN else 1.0
 
-    def _is_over(self, epochs: dealt.Epochs, stream: Iterator) -> bool:
+    def _is_over(self, epochs: user_loader.Epochs, stream: Iterator) -> bool:
         """Whether the last step was the epoch's too; a stream has to be read on to know."""
         num_steps = epochs.num_steps(self.epoch_order)
         if num_steps is not None:

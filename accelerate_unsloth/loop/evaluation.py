@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 
-from ..data import dealt
+from ..data import user_loader
 from ..launch.channel import channel
 from ..policies.aggregation import AggregationMethod
 
@@ -37,7 +37,7 @@ class EvaluationMixin:
             yield send_to_device(batch.inputs, self.accelerator.device)
 
     def _dealt(self, dataloader: DataLoader):
-        return dealt.for_evaluation(dataloader, self.place, self.plugin.balance_tokens, self._draw)
+        return user_loader.for_evaluation(dataloader, self.place, self.plugin.balance_tokens, self._draw)
 
     def gather(self, results: Sequence | torch.Tensor) -> list | torch.Tensor:
         """

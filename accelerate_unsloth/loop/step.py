@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from ..data.dealt import DealtBatch
 from ..data.loader import count_tokens
+from ..data.user_loader import DealtBatch
 from ..launch.channel import channel
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from ..data import dealt
+from ..data import user_loader
 from ..data.loader import count_items
 from ..launch import command
 from ..launch.channel import channel
@@ -176,9 +176,9 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
             broadcast(kept_buffers(self.model).values())
 
     @cached_property
-    def place(self) -> dealt.Place:
+    def place(self) -> user_loader.Place:
         """This rank among the others."""
-        return dealt.Place(topology().rank, topology().world_size)
+        return user_loader.Place(topology().rank, topology().world_size)
 
     def _described(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""

@@ -13,9 +13,9 @@ from ..engines.loaded import choice
 # isort: split
 from torch.utils.data import IterableDataset
 
-from ..data.balance import RowCost
 from ..data.lengths import count_different, lengths_of
 from ..data.loader import PlannedDataLoader, worker_seeding
+from ..data.packing import RowCost
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
 from ..launch.channel import channel
 from ..memory import budget, model_shape, optimizer_state

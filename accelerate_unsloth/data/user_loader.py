@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from .balance import RowCost
 from .lengths import lengths_of
 from .loader import PlannedDataLoader, Slot, worker_seeding
 from .loader_order import as_drawn, draw, order_of
+from .packing import RowCost
 from .sampler import EffectiveBatchSampler, EvaluationSampler
 
 

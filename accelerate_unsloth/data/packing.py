@@ -44,7 +44,7 @@ def deal_level(costs: Sequence[float], parts: int, sizes: Sequence[int] | None =
     Example:
 
     ```python
-    >>> from accelerate_unsloth.data.balance import deal_level
+    >>> from accelerate_unsloth.data.packing import deal_level
     >>> deal_level([9, 1, 4, 5], parts=2)
     [[0, 1], [2, 3]]
     >>> deal_level([9, 1, 1, 1], parts=2, sizes=[2, 2])
@@ -80,7 +80,7 @@ def assign_in_sizes(
     Example:
 
     ```python
-    >>> from accelerate_unsloth.data.balance import RowCost, assign_in_sizes
+    >>> from accelerate_unsloth.data.packing import RowCost, assign_in_sizes
     >>> assign_in_sizes([5, 6, 7, 8], [90, 10, 20, 30], sizes=[[1, 1], [1, 1]], cost=RowCost())
     [[[5], [6]], [[8], [7]]]
     ```
@@ -156,7 +156,7 @@ def deal_balanced(
     Example:
 
     ```python
-    >>> from accelerate_unsloth.data.balance import RowCost, deal_balanced
+    >>> from accelerate_unsloth.data.packing import RowCost, deal_balanced
     >>> deal_balanced([7, 8, 9], [90, 50, 40], world_size=2, cost=RowCost(), token_budget=100)
     [[[7]], [[8, 9]]]
     ```
