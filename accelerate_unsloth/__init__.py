@@ -17,7 +17,7 @@ _PUBLIC = {
     "SFTConfig": "trainers.sft",
     "SFTTrainer": "trainers.sft",
     "DistributedTrainerMixin": "trainers.mixin",
-    "MultiGPUTrainer": "loop.trainer",
+    "MultiGPUTrainer": "custom_loop.trainer",
     "AggregationMethod": "policies.aggregation",
     "UnslothPlugin": "plugin",
     "enable_multi_gpu": "patch",

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
+from accelerate_unsloth.custom_loop import state
 from accelerate_unsloth.launch.channel import Channel
-from accelerate_unsloth.loop import state
 from accelerate_unsloth.reliability import checkpoints, staging
 
 from .test_channel import on_ranks
