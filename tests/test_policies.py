@@ -3,7 +3,7 @@
 import pytest
 
 from accelerate_unsloth.memory import budget, optimizer_state
-from accelerate_unsloth.policies import attention, checkpointing, gradient_sync, micro_batch
+from accelerate_unsloth.policies import activation_checkpointing, attention, gradient_sync, micro_batch
 from accelerate_unsloth.reliability.watchdog import resolve_timeout
 
 
@@ -114,13 +114,13 @@ def test_the_kernel_is_that_of_the_training_and_the_old_one_comes_back(backend, 
 def test_activations_are_kept_where_that_saves_time(
     requested, off, asked_for, without, with_, longest, rank_tokens, mode
 ):
-    choice = checkpointing.resolve(requested, off, asked_for, without, with_, longest, rank_tokens)
+    choice = activation_checkpointing.resolve(requested, off, asked_for, without, with_, longest, rank_tokens)
     assert choice.mode == mode
     assert choice.may_recompute == (mode == "none" and requested == "auto" and not off)
 
 
 def test_the_table_says_how_to_get_the_recomputation_that_the_script_asked_for():
-    choice = checkpointing.resolve("auto", False, "unsloth", 14_691, 90_000, 2048, 7_000)
+    choice = activation_checkpointing.resolve("auto", False, "unsloth", 14_691, 90_000, 2048, 7_000)
     assert choice.reason == (
         "14,691 tokens fit without it (the script asked for 'unsloth'; set "
         "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING=unsloth to keep it)"
@@ -173,7 +173,9 @@ def test_the_arithmetic_gives_the_weights_and_peaks_that_were_measured():
 def test_what_fits_shrinks_with_the_optimizer_and_grows_with_checkpointing():
     def fits(optim, checkpointing, left_gib=20):
         optim_bytes = optimizer_state.state_bytes(optim)
-        return budget.tokens_that_fit(LLAMA_8B, left_gib * budget.GIB, 41_943_040, 4, optim_bytes, checkpointing)
+        return budget.tokens_that_fit(
+            LLAMA_8B, left_gib * budget.GIB, 41_943_040, 4, optim_bytes, activation_checkpointing
+        )
 
     assert fits("adamw_torch", False) < fits("adamw_8bit", False) < fits("adamw_8bit", True)
     assert fits("adamw_torch", True, left_gib=0.1) == 0

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from ..memory.budget import ModelShape
 from ..memory.estimate import Estimate, estimate
-from ..policies import checkpointing
-from ..policies.checkpointing import CheckpointingChoice
+from ..policies import activation_checkpointing
+from ..policies.activation_checkpointing import CheckpointingChoice
 
 # The Trainer's default batch on a device, for the time of a step; what fits does not depend on it.
 ROWS_OF_A_STEP = 8
@@ -40,7 +40,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Fit:
-    checkpointing: CheckpointingChoice
+    activation_checkpointing: CheckpointingChoice
     tokens: int  # of the largest micro-batch under that choice
 
 
@@ -64,7 +64,7 @@ def fit(work: Workload, requested: str = "auto", plans_cut: bool = True) -> Fit:
     step = ROWS_OF_A_STEP * work.max_seq_length
     # 0 tells the policy that memory is not planned.
     kept = max(1, without) if plans_cut else 0
-    choice = checkpointing.resolve(requested, False, None, kept, with_, work.max_seq_length, step)
+    choice = activation_checkpointing.resolve(requested, False, None, kept, with_, work.max_seq_length, step)
     return Fit(choice, without if choice.mode == "none" else with_)
 
 

@@ -11,7 +11,7 @@ from ..launch.topology import Topology, uses_cpu
 from ..memory import model_sizes
 from ..memory.estimate import estimate
 from ..plugin import UnslothPlugin
-from ..policies import attention, checkpointing, gradient_sync, micro_batch
+from ..policies import activation_checkpointing, attention, gradient_sync, micro_batch
 from .finding import NOTE, PROBLEM, Finding
 
 # What a choice depends on is the model, which is not known here: these stand for the usual cases.
@@ -99,7 +99,7 @@ def _cut(plugin: UnslothPlugin, gpu_gib: float | None, processes: int) -> Iterat
     rank_tokens, overlapped = _ROWS_OF_A_STEP * _ROW_TOKENS, plugin.gradient_sync == "overlapped"
     if micro_batch.why_fixed(plugin.micro_batch, True, overlapped):
         kept = 0  # memory is not planned where the script cuts the micro-batches
-    recompute = checkpointing.resolve(
+    recompute = activation_checkpointing.resolve(
         plugin.gradient_checkpointing, False, None, kept, recomputed, _ROW_TOKENS, rank_tokens
     )
     yield Finding("gradient checkpointing", f"{_PLANNED}: {recompute.mode}: {recompute.reason}")

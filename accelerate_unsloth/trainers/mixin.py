@@ -29,7 +29,7 @@ from ..reporting import startup_table
 from ..reporting.monitor import Monitor
 from ..reporting.verbosity import mute_libraries, muted_prints
 from . import loss
-from .checkpointing import CheckpointMixin
+from .checkpoints import CheckpointMixin
 from .evaluation import EvaluationMixin
 from .guards import GuardMixin
 from .losses import METRICS, LossMixin

@@ -19,7 +19,7 @@ from ..data.packing import RowCost
 from ..data.sampler import EffectiveBatchSampler, EvaluationSampler
 from ..launch.channel import channel
 from ..memory import budget, model_shape, optimizer_state
-from ..policies import attention, checkpointing, micro_batch
+from ..policies import activation_checkpointing, attention, micro_batch
 
 # Tensor cores read 16 bytes at a time. A row without padding whose tokens are no multiple of 8 sends every product that
 # sums over tokens to a slow kernel (6% of a step on an H200, `benchmarks/profile_step.py`).
@@ -133,7 +133,7 @@ class PlanningMixin:
             "noisy": bool(getattr(self.args, "neftune_noise_alpha", None)),
         }
         plans_memory = micro_batch.why_fixed(**self._splitting) is None
-        self.checkpointing = checkpointing.resolve(
+        self.checkpointing = activation_checkpointing.resolve(
             self.plugin.gradient_checkpointing,
             switched_off=not kernels.wants_recomputation(self.model),
             asked_for=getattr(self.model, "_accelerate_unsloth_checkpointing_asked", None),
@@ -145,7 +145,7 @@ class PlanningMixin:
         )
         if self._balance is not None and choice.name == "unsloth" and self.plugin.gradient_checkpointing == "auto":
             why = "the balancing loss of the experts has no gradient where Unsloth recomputes them"
-            self.checkpointing = checkpointing.CheckpointingChoice("none", why)
+            self.checkpointing = activation_checkpointing.CheckpointingChoice("none", why)
         self._apply_checkpointing()
         self._plan_micro_batches()
         if self.micro_batch.mode == "auto":
@@ -172,7 +172,7 @@ class PlanningMixin:
         """
         if not self.checkpointing.may_recompute:
             return False
-        self.checkpointing = checkpointing.CheckpointingChoice("unsloth", why)
+        self.checkpointing = activation_checkpointing.CheckpointingChoice("unsloth", why)
         self._apply_checkpointing()
         self._plan_micro_batches()
         return True

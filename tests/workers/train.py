@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from accelerate_unsloth.engines import kernels
 from accelerate_unsloth.launch.channel import channel
-from accelerate_unsloth.policies import checkpointing
+from accelerate_unsloth.policies import activation_checkpointing
 from tests.stores import WatchedStore
 from tests.workers.provoke import Provoke
 
@@ -153,7 +153,9 @@ def limit_memory(model, tokens: int, kept_tokens: int) -> None:
     Where that makes a difference, they are kept by our choice.
     """
     if kept_tokens != tokens:
-        checkpointing.resolve = lambda *args, **kwargs: checkpointing.CheckpointingChoice("none", "simulated", True)
+        activation_checkpointing.resolve = lambda *args, **kwargs: activation_checkpointing.CheckpointingChoice(
+            "none", "simulated", True
+        )
 
     def check(module, args, kwargs):
         most = tokens if kernels.recomputes(module) else kept_tokens

@@ -32,7 +32,7 @@ def step_cost(rank_tokens: float, token_budget: int, checkpointing: bool) -> flo
     Example:
 
     ```python
-    >>> from accelerate_unsloth.policies.checkpointing import step_cost
+    >>> from accelerate_unsloth.policies.activation_checkpointing import step_cost
     >>> step_cost(8192, 8192, False), step_cost(8192, 1024, False)
     (8192.0, 32768.0)
     ```
