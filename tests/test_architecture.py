@@ -1,4 +1,4 @@
-"""The direction of the arrows, and what an import may cost."""
+"""The layers of the package, and what an import may cost."""
 
 import ast
 import configparser
@@ -12,86 +12,53 @@ from .launching import ROOT, clean_environment
 
 PACKAGE = ROOT / "accelerate_unsloth"
 
-# Each room may import from the rooms above it.
-ROOMS = [
-    "_version",
-    "ledger",
-    "nvml",
-    "visibility",
-    "devices",
-    "configs",
-    "masking",
-    "launch_file",
+# Lowest first: each may import from itself and from those above it in this list.
+LAYERS = [
+    "patches",
     "plugin",
-    "topology",
-    "channel",
-    "distributed",
-    "failures",
-    "quiet",
-    "launch_hint",
-    "saving",
-]
-ROOMS += [
-    "staging",
-    "stock_checkpoints",
-    "checkpoints",
-    "stopping",
-    "watchdog",
-    "buffers",
-    "checksum",
-    "grad_scaler",
+    "devices",
+    "launch",
+    "data",
+    "reporting",
+    "reliability",
     "reduction",
-    "optimizer_state",
     "memory",
-    "structure",
-    "shapes",
-    "estimate",
-    "readings",
-    "pressure",
-    "monitor",
     "engines",
     "policies",
-    "environment",
-    "data",
-    "agreement",
-    "report",
-    "training_report",
-    "loop",
+    "custom_loop",
     "trainers",
-    "bench",
     "patch",
     "config_manager",
-    "self_test",
-    "cli",
+    "commands",
     "__main__",
 ]
 
 
 def imports_of(file: Path) -> set[str]:
-    """Rooms of the package that a file imports, at its top or inside functions."""
-    rooms, package = set(), file.relative_to(PACKAGE).parent.parts
+    """Return the layers that a file imports from, at its top or inside functions."""
+    layers, package = set(), file.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = (*package[: len(package) + 1 - node.level], *(node.module or "").split("."))
             path = [part for part in base if part]
-            rooms |= {path[0]} if path else {alias.name for alias in node.names}
-    return rooms
+            layers |= {path[0]} if path else {alias.name for alias in node.names}
+    return layers
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_arrows_point_one_way(file):
-    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if room == "__init__":
+def test_no_file_imports_upwards(file):
+    layer = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if layer == "__init__":
         return
-    allowed = {*ROOMS[: ROOMS.index(room) + 1], "__version__"}
+    allowed = {*LAYERS[: LAYERS.index(layer) + 1], "__version__"}
     assert imports_of(file) <= allowed
 
 
-def test_every_room_has_its_place():
-    rooms = {
+def test_every_module_has_its_layer():
+    found = {
         p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
     }
-    assert rooms - {"__init__"} == set(ROOMS)
+    assert found - {"__init__"} == set(LAYERS)
 
 
 def run(code: str) -> str:
@@ -108,7 +75,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_the_command_line_imports_nothing_heavy():
     heavy = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "unsloth"]
-    loaded = run(f"import sys, accelerate_unsloth.cli; print([m for m in {heavy} if m in sys.modules])")
+    loaded = run(f"import sys, accelerate_unsloth.commands; print([m for m in {heavy} if m in sys.modules])")
     assert loaded.strip() == "[]"
 
 

@@ -7,10 +7,9 @@ import sys
 import pytest
 from typer import BadParameter
 
-from accelerate_unsloth.bench import show
-from accelerate_unsloth.bench.plans import plan
-from accelerate_unsloth.bench.runs import Run, Workload, figures, pinned
-from accelerate_unsloth.cli.bench import work_of
+from accelerate_unsloth.commands.bench import show, work_of
+from accelerate_unsloth.commands.bench.plans import plan
+from accelerate_unsloth.commands.bench.runs import Run, Workload, figures, pinned
 
 from .launching import ROOT, clean_environment
 
@@ -106,7 +105,7 @@ def test_the_quick_form_measures_one_and_two_cpu_processes(tmp_path):
     command = [
         sys.executable,
         "-c",
-        "from accelerate_unsloth.cli import app; app()",
+        "from accelerate_unsloth.commands import app; app()",
         "bench",
         "--quick",
         "--out",

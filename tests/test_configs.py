@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from typer.testing import CliRunner
 
-from accelerate_unsloth.cli import app
+from accelerate_unsloth.commands import app
 from accelerate_unsloth.launch import command, configs
 from accelerate_unsloth.launch.config_file import LaunchFile
 
@@ -189,7 +189,7 @@ def test_what_accelerate_does_not_load_is_not_written(tmp_path):
 
 def test_a_terminal_is_asked_for_what_is_missing(tmp_path):
     ours, its = pty.openpty()
-    command = [sys.executable, "-c", "from accelerate_unsloth.cli import app; app()", "config", "write"]
+    command = [sys.executable, "-c", "from accelerate_unsloth.commands import app; app()", "config", "write"]
     process = subprocess.Popen(
         [*command, "own.yaml", "--num-machines", "2"],
         stdin=its,

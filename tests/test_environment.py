@@ -7,21 +7,19 @@ import sys
 
 import pytest
 
-from accelerate_unsloth import environment
-from accelerate_unsloth.devices.manager import Device
-from accelerate_unsloth.environment import (
-    NOTE,
-    OK,
-    PROBLEM,
+from accelerate_unsloth.commands.env import (
     choices,
     compiled_cache,
+    examine,
     hardware,
     launcher,
     libraries,
     probe,
     space,
 )
-from accelerate_unsloth.environment.versions import compare
+from accelerate_unsloth.commands.env.finding import NOTE, OK, PROBLEM
+from accelerate_unsloth.commands.env.versions import compare
+from accelerate_unsloth.devices.manager import Device
 
 from .launching import ROOT, clean_environment
 
@@ -181,7 +179,7 @@ def test_each_pair_of_gpus_is_listed_once():
 
 
 def command(*words, variables=None, folder=ROOT):
-    program = "from accelerate_unsloth.cli import app; app()"
+    program = "from accelerate_unsloth.commands import app; app()"
     return subprocess.run(
         [sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=folder,
         env=clean_environment(variables), timeout=120,
@@ -270,7 +268,7 @@ def test_a_launch_on_gpus_imports_unsloth_and_one_on_the_cpu_does_not():
 
 @pytest.mark.parametrize(("variable", "place"), [("HF_HUB_CACHE", "{}"), ("HF_HOME", "{}/hub")])
 def test_the_hubs_cache_is_where_the_hub_looks(variable, place, tmp_path):
-    program = "from accelerate_unsloth.environment import space; from pathlib import Path; print(space.findings(Path())[1].value)"
+    program = "from accelerate_unsloth.commands.env import space; from pathlib import Path; print(space.findings(Path())[1].value)"
     finished = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -284,7 +282,7 @@ def test_options_that_cannot_be_are_a_problem(monkeypatch):
     monkeypatch.setenv("ACCELERATE_UNSLOTH_ENGINE", "unsloth")
     chosen = choices.findings(visible_gpus=0)
     assert chosen.engine is None
-    assert not environment.can_train(chosen.findings)
+    assert not examine.can_train(chosen.findings)
 
 
 def shown(visible_gpus, total_gib=79.6, kernels=None):

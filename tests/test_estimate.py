@@ -10,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from typer.testing import CliRunner
 
-from accelerate_unsloth.bench.workload import DIMENSIONS, VOCABULARY
-from accelerate_unsloth.cli import app
+from accelerate_unsloth.commands import app
+from accelerate_unsloth.commands.bench.workload import DIMENSIONS, VOCABULARY
 from accelerate_unsloth.memory.budget import GIB, ModelShape
 from accelerate_unsloth.memory.estimate import estimate
 from accelerate_unsloth.memory.model_sizes import KNOWN
@@ -133,7 +133,7 @@ def run(*words):
     command = [
         sys.executable,
         "-c",
-        "from accelerate_unsloth.cli import app; app()",
+        "from accelerate_unsloth.commands import app; app()",
         "estimate-memory",
         *map(str, words),
     ]

@@ -173,9 +173,7 @@ def test_the_arithmetic_gives_the_weights_and_peaks_that_were_measured():
 def test_what_fits_shrinks_with_the_optimizer_and_grows_with_checkpointing():
     def fits(optim, checkpointing, left_gib=20):
         optim_bytes = optimizer_state.state_bytes(optim)
-        return budget.tokens_that_fit(
-            LLAMA_8B, left_gib * budget.GIB, 41_943_040, 4, optim_bytes, activation_checkpointing
-        )
+        return budget.tokens_that_fit(LLAMA_8B, left_gib * budget.GIB, 41_943_040, 4, optim_bytes, checkpointing)
 
     assert fits("adamw_torch", False) < fits("adamw_8bit", False) < fits("adamw_8bit", True)
     assert fits("adamw_torch", True, left_gib=0.1) == 0

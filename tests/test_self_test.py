@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from accelerate_unsloth import self_test
-from accelerate_unsloth.self_test import FAILED, OK, SKIPPED, Check, check, processes
+from accelerate_unsloth.commands.test import check, processes
+from accelerate_unsloth.commands.test.check import FAILED, OK, SKIPPED, Check
+from accelerate_unsloth.commands.test.run import passed, run
 
 from .launching import ROOT, clean_environment
 
@@ -66,13 +67,13 @@ def test_a_reloaded_adapter_computes_what_was_trained(trained, reloaded, status)
 
 
 def test_a_skipped_check_does_not_fail():
-    assert self_test.passed([Check("a", OK, ""), Check("b", SKIPPED, "")])
-    assert not self_test.passed([Check("a", OK, ""), Check("b", FAILED, "")])
+    assert passed([Check("a", OK, ""), Check("b", SKIPPED, "")])
+    assert not passed([Check("a", OK, ""), Check("b", FAILED, "")])
 
 
 def test_fewer_processes_than_one_are_refused():
     with pytest.raises(ValueError, match="num_processes=0"):
-        self_test.run(num_processes=0)
+        run(num_processes=0)
 
 
 def test_the_environment_of_a_launch_is_its_own(tmp_path):
@@ -101,7 +102,7 @@ def command(words, folder, variables=None):
     )  # fmt: skip
 
 
-CLI = ["-c", "from accelerate_unsloth.cli import app; app()", "test"]
+CLI = ["-c", "from accelerate_unsloth.commands import app; app()", "test"]
 
 
 @pytest.mark.launch

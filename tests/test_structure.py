@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 from typer.testing import CliRunner
 
 from accelerate_unsloth import ConfigManager
-from accelerate_unsloth.cli import app
+from accelerate_unsloth.commands import app
 from accelerate_unsloth.memory import model_shape, model_sizes
 from accelerate_unsloth.memory.budget import ModelShape
 from accelerate_unsloth.memory.estimate import EXPERTS_NOTE, estimate

@@ -40,7 +40,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Fit:
-    activation_checkpointing: CheckpointingChoice
+    checkpointing: CheckpointingChoice
     tokens: int  # of the largest micro-batch under that choice
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from .._version import __version__
+from .. import __version__
 from ..data.contents import digest_of_samples
 from ..data.lengths import lengths_of
 from ..launch.channel import channel

@@ -48,7 +48,7 @@ class Materials:
 
 
 def make(name: str, folder: Path) -> None:
-    from accelerate_unsloth.bench import workload
+    from accelerate_unsloth.commands.bench import workload
 
     if name == "real":
         found = os.environ.get("MODEL", str(ROOT / ".demo" / "model"))

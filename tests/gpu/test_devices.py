@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from accelerate_unsloth import DeviceManager
-from accelerate_unsloth.environment import can_train, hardware
+from accelerate_unsloth.commands.env import hardware
+from accelerate_unsloth.commands.env.examine import can_train
 
 from ..launching import ROOT, clean_environment
 
@@ -72,5 +73,5 @@ def test_readings_are_sensible():
 @pytest.mark.launch
 def test_the_installation_check_passes_on_all_gpus():
     visible = os.environ.get("GPUS")
-    done = ask(["-c", "from accelerate_unsloth.cli import app; app()", "test"], visible)
+    done = ask(["-c", "from accelerate_unsloth.commands import app; app()", "test"], visible)
     assert done.returncode == 0, done.stdout + done.stderr

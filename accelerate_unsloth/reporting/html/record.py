@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from ..._version import __version__
+from ... import __version__
 from ...launch import command
 from .. import startup_table
 from ..readings import History

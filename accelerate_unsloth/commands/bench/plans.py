@@ -29,7 +29,7 @@ def plan(
     Example:
 
     ```python
-    >>> from accelerate_unsloth.bench.plans import plan
+    >>> from accelerate_unsloth.commands.bench.plans import plan
     >>> [run.name for run in plan([2], [4, 16], batch=16, with_trl=False, ablation=False)]
     ['2 x plain, batch 4', '2 x plain, batch 16', '2 x ours']
     ```

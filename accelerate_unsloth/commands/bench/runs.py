@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from ..launch import configs
+from ...launch import configs
 
 _PHASES = ("python", "imported", "loaded", "adapters", "trainer", "first step", "trained", "saved")
 
@@ -79,7 +79,7 @@ def pinned(run: Run, results: list[dict]) -> Run:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.bench.runs import Run, pinned
+    >>> from accelerate_unsloth.commands.bench.runs import Run, pinned
     >>> whole = {"name": "1 x ours", "how": "ours", "processes": 1, "environment": {}}
     >>> whole["decisions"] = {"checkpointing": ["none", "it fits"]}
     >>> pinned(Run("fixed", "ours", 1, 16, keeps=("checkpointing",)), [whole]).environment

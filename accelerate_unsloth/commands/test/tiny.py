@@ -1,7 +1,7 @@
 """
 A tiny Llama, a tokenizer of its own and texts of very uneven lengths, made by plain transformers: no downloads.
 
-    python -m accelerate_unsloth.self_test.tiny FOLDER
+    python -m accelerate_unsloth.commands.test.tiny FOLDER
 """
 
 import json
@@ -21,7 +21,7 @@ def make_texts(samples: int = SAMPLES, seed: int = 0) -> list[str]:
     Example:
 
     ```python
-    >>> from accelerate_unsloth.self_test.tiny import make_texts
+    >>> from accelerate_unsloth.commands.test.tiny import make_texts
     >>> len(make_texts(samples=3))
     3
     ```

@@ -56,7 +56,7 @@ def unsloth() -> dict:
     """Loads its kernels, and says what attention they would run through."""
     import unsloth
 
-    from ..engines import kernels
+    from ...engines import kernels
 
     return {"version": unsloth.__version__, "kernels": kernels.describe("unsloth")}
 

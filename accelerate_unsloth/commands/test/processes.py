@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..launch import configs
+from ...launch import configs
 
-_PACKAGE_PARENT = Path(__file__).parents[2]
+_PACKAGE_PARENT = Path(__file__).parents[3]
 _OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAST_LINES = 15
 

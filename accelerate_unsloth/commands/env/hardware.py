@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..devices.manager import Device
+from ...devices.manager import Device
 from .finding import NOTE, OK, Finding
 
 _OLDEST_FOR_UNSLOTH = (7, 0)

@@ -8,10 +8,10 @@ def test(
     timeout_s: float = typer.Option(300.0, help="Longest time of each launch, in seconds."),
 ) -> None:
     """Train a tiny model on one process and on several, and compare. Status 1 if something is wrong."""
-    from .. import self_test
+    from .run import passed, run
 
     try:
-        running = self_test.run(num_processes, timeout_s)
+        running = run(num_processes, timeout_s)
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
@@ -19,7 +19,7 @@ def test(
     for check in running:
         typer.echo(check)
         checks.append(check)
-    works = self_test.passed(checks)
+    works = passed(checks)
     typer.echo(
         "This installation works." if works else "This installation does not work: see `accelerate-unsloth env`."
     )

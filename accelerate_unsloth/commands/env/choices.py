@@ -4,14 +4,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .. import engines
-from ..devices.manager import Device
-from ..engines.kernels import describe
-from ..launch.topology import Topology, uses_cpu
-from ..memory import model_sizes
-from ..memory.estimate import estimate
-from ..plugin import UnslothPlugin
-from ..policies import activation_checkpointing, attention, gradient_sync, micro_batch
+from ... import engines
+from ...devices.manager import Device
+from ...engines.kernels import describe
+from ...launch.topology import Topology, uses_cpu
+from ...memory import model_sizes
+from ...memory.estimate import estimate
+from ...plugin import UnslothPlugin
+from ...policies import activation_checkpointing, attention, gradient_sync, micro_batch
 from .finding import NOTE, PROBLEM, Finding
 
 # What a choice depends on is the model, which is not known here: these stand for the usual cases.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import fields
 
-from ..plugin import PREFIX, UnslothPlugin
+from ...plugin import PREFIX, UnslothPlugin
 from .finding import NOTE, Finding
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")

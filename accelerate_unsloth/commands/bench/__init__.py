@@ -34,9 +34,9 @@ def bench(
     quick: Annotated[bool, typer.Option(help="A tiny model on CPU processes: a look at the command.")] = False,
 ) -> None:
     """Measure tokens/s, start-up, memory and losses of the same fine-tune in separate launches."""
-    from ..bench import show, workload
-    from ..bench.plans import plan
-    from ..bench.runs import Workload, measure, pinned
+    from . import show, workload
+    from .plans import plan
+    from .runs import Workload, measure, pinned
 
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def examine() -> list[Finding]:
     >>> problems = [finding.subject for finding in findings if finding.verdict == environment.PROBLEM]
     ```
     """
-    from ..devices.manager import DeviceManager
+    from ...devices.manager import DeviceManager
     from . import choices, compiled_cache, hardware, launcher, libraries, space, versions
 
     manager = DeviceManager()

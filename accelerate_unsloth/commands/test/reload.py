@@ -1,7 +1,7 @@
 """
 Load a saved adapter with plain transformers and PEFT, without this library, and write down what it computes.
 
-    python -m accelerate_unsloth.self_test.reload FOLDER NAME
+    python -m accelerate_unsloth.commands.test.reload FOLDER NAME
 """
 
 import json

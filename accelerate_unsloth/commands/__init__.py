@@ -1,12 +1,8 @@
-"""The command line: `accelerate-unsloth`. One file a command."""
+"""The command line: `accelerate-unsloth`. One file or package per command."""
 
 import typer
 
-from .bench import bench
-from .config import app as config_app
-from .env import env
-from .estimate_memory import estimate_memory
-from .test import test
+from . import bench, config, env, estimate_memory, test
 
 app = typer.Typer(
     name="accelerate-unsloth",
@@ -14,11 +10,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-app.add_typer(config_app, name="config")
-app.command()(bench)
-app.command()(env)
-app.command("estimate-memory")(estimate_memory)
-app.command()(test)
+app.add_typer(config.app, name="config")
+app.command()(bench.bench)
+app.command()(env.env)
+app.command("estimate-memory")(estimate_memory.estimate_memory)
+app.command()(test.test)
 
 
 @app.callback(invoke_without_command=True)

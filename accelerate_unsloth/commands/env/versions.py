@@ -49,7 +49,7 @@ def compare(required: Iterable[str], installed: Callable[[str], str | None], eng
     Example:
 
     ```python
-    >>> from accelerate_unsloth.environment.versions import compare
+    >>> from accelerate_unsloth.commands.env.versions import compare
     >>> compare(["trl<1.16,>=1.15.0"], {"trl": "1.16.2"}.get, "unsloth")[0].verdict
     'note'
     ```

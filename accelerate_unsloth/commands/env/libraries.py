@@ -19,7 +19,7 @@ _USES = {
     "bitsandbytes": (NOTE, "4-bit weights and 8-bit optimizers need it"),
 }
 
-_PACKAGE_PARENT = Path(__file__).parents[2]
+_PACKAGE_PARENT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Loaded:
 def load(timeout_s: int = 180) -> Loaded:
     """Import them in a process of their own."""
     path = os.pathsep.join(filter(None, [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "accelerate_unsloth.environment.probe"]
+    command = [sys.executable, "-m", "accelerate_unsloth.commands.env.probe"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
         # What Unsloth writes when it is imported shall neither stay here, nor be taken from here.

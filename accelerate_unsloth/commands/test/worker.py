@@ -1,7 +1,7 @@
 """
 Fine-tune the tiny model, as a user's script would, and write down what this rank saw.
 
-    accelerate launch -m accelerate_unsloth.self_test.worker FOLDER NAME ACCUMULATION PRECISION
+    accelerate launch -m accelerate_unsloth.commands.test.worker FOLDER NAME ACCUMULATION PRECISION
 """
 
 import hashlib

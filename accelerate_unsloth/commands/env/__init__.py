@@ -12,11 +12,11 @@ def env(as_json: bool = typer.Option(False, "--json", help="Print JSON and nothi
     """Check versions, libraries, GPUs, choices, caches and space. Status 1 if training cannot work."""
     from rich.console import Console
 
-    from .. import environment
+    from . import examine
 
     with Console(stderr=True).status("Importing what a training would"):
-        findings = environment.examine()
-    works = environment.can_train(findings)
+        findings = examine.examine()
+    works = examine.can_train(findings)
     if as_json:
         typer.echo(json.dumps({"can_train": works, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..devices.manager import DeviceManager
+from ...devices.manager import DeviceManager
 from . import check
 from .check import FAILED, OK, SKIPPED, Check
 from .processes import ProcessFailed, launch_command, run_python
@@ -69,7 +69,7 @@ def _checks(num_processes: int, on_gpu: bool, precision: str, notes, timeout_s: 
     with tempfile.TemporaryDirectory(prefix="accelerate_unsloth_") as name:
         folder = Path(name)
         try:
-            run_python(["-m", "accelerate_unsloth.self_test.tiny", name], folder, timeout_s)
+            run_python(["-m", "accelerate_unsloth.commands.test.tiny", name], folder, timeout_s)
             yield Check("a tiny model and its data are made", OK, "no downloads")
             launch = _Launch(folder, on_gpu, precision, num_processes, timeout_s)
             yield from _compare(launch, num_processes)
@@ -104,13 +104,13 @@ class _Launch:
         """What each rank wrote."""
         name, accumulation = f"processes{processes}", self._effective_batch // processes
         (self.folder / name).mkdir()
-        worker = ["accelerate_unsloth.self_test.worker", str(self.folder), name, str(accumulation), self.precision]
+        worker = ["accelerate_unsloth.commands.test.worker", str(self.folder), name, str(accumulation), self.precision]
         run_python([*launch_command(processes, self.on_gpu), *worker], self.folder, self.timeout_s)
         return [json.loads((self.folder / name / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
     def reload(self, processes: int) -> dict:
         """What the adapter of that training computes under plain PEFT."""
         name = f"processes{processes}"
-        words = ["-m", "accelerate_unsloth.self_test.reload", str(self.folder), name]
+        words = ["-m", "accelerate_unsloth.commands.test.reload", str(self.folder), name]
         run_python(words, self.folder, self.timeout_s)
         return json.loads((self.folder / name / "reloaded.json").read_text())
