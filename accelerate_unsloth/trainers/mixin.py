@@ -3,7 +3,7 @@ What every trainer shares: exact steps on any number of processes, whatever Unsl
 
 The mixin sits in front of a TRL trainer, as Unsloth left it or plain, and overrides where the stock Trainer's ranks
 would meet: the data loader, the token count, the training step, evaluation and saving. Private methods of the Trainer
-that it relies on are listed in `tests/test_patched_points.py`.
+that it relies on are listed in `tests/launch/test_patched_points.py`.
 """
 
 import functools

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ..launch.test_examples import STARTS, copy_examples, of_each_example, start_without_arguments
 from ..launching import ROOT
-from ..test_examples import STARTS, copy_examples, of_each_example, start_without_arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.launch, pytest.mark.slow]
 

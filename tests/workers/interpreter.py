@@ -1,4 +1,4 @@
-"""Write down what a script finds when it starts: `interpreter.py OUT`. See tests/test_forking.py."""
+"""Write down what a script finds when it starts: `interpreter.py OUT`. See tests/unit/test_forking.py."""
 
 import json
 import os

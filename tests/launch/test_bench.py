@@ -1,0 +1,126 @@
+"""The benchmark: which runs, which figures, and a small one for real."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer import BadParameter
+
+from accelerate_unsloth.commands.bench import show, work_of
+from accelerate_unsloth.commands.bench.plans import plan
+from accelerate_unsloth.commands.bench.runs import Run, Workload, figures, pinned
+
+from ..launching import ROOT, clean_environment
+
+
+def test_plain_comes_at_each_batch_and_each_choice_of_ours_is_taken_back_once():
+    runs = plan([1, 2], [4, 16], batch=16)
+    assert [run.name for run in runs if run.how == "plain"] == [
+        "1 x plain, batch 4",
+        "1 x plain, batch 16",
+        "2 x plain, batch 4",
+        "2 x plain, batch 16",
+    ]
+    taken_back = [run.environment for run in runs if run.environment]
+    assert len(taken_back) == 4
+    assert all(len(variables) == 1 for variables in taken_back)
+    assert [run.batch for run in runs if run.how == "trl"] == [4, 4]
+    assert {run.processes for run in runs if run.environment} == {2}
+
+
+def clocks(ends):
+    phases = ("python", "imported", "loaded", "adapters", "trainer", "first step", "trained", "saved")
+    at = {"launched": 100.0} | {phase: 101.0 + turn for turn, phase in enumerate(phases)}
+    return {"phases": at, "ends": ends, "peak_gib": 3.0, "losses": [2.0], "decisions": {}, "attention": "xformers"}
+
+
+def test_the_figures_are_those_of_the_clocks():
+    # Steps end at 0, 1, 3 and 5 s; the first rank has collated 10 tokens more in each, the second 30.
+    first = clocks([(0.0, 10), (1.0, 20), (3.0, 30), (5.0, 40)])
+    second = clocks([(0.0, 30), (0.9, 60), (2.9, 90), (4.9, 120)])
+    second["phases"]["saved"] += 1
+    found = figures([first, second])
+    assert found["tokens_per_second"] == pytest.approx(20.0)  # 40 tokens in each of the last two steps of 2 s
+    assert found["step_s"] == pytest.approx(2.0)
+    assert found["imbalance"] == pytest.approx(1.5)
+    assert found["end_to_end_s"] == pytest.approx(9.0)  # when the last rank had saved
+    assert found["attention"] == "xformers"
+    assert found["phases_s"]["python"] == pytest.approx(1.0)
+    assert found["peak_gib"] == [3.0, 3.0]
+
+
+def test_a_ratio_is_to_the_best_plain_run_of_as_many_processes():
+    def run(how, processes, rate):
+        return {"how": how, "processes": processes, "tokens_per_second": rate}
+
+    results = [run("plain", 2, 100), run("plain", 2, 200), run("plain", 4, 900)]
+    assert show.ratio_to_plain(run("ours", 2, 500), results) == pytest.approx(2.5)
+    assert show.ratio_to_plain(run("ours", 1, 500), results) is None
+
+
+def test_scaling_is_to_the_same_kind_of_run_on_the_fewest_processes():
+    def run(how, processes, rate, batch=16, **environment):
+        return {
+            "how": how,
+            "processes": processes,
+            "tokens_per_second": rate,
+            "batch": batch,
+            "environment": environment,
+        }
+
+    results = [run("plain", 1, 50), run("ours", 1, 100), run("ours", 1, 70, ABLATED="1"), run("plain", 1, 80, batch=4)]
+    assert show.scaling(run("ours", 4, 384), results) == pytest.approx(0.96)
+    assert show.scaling(run("plain", 2, 75), results) == pytest.approx(0.75)
+    assert show.scaling(run("ours", 4, 384, OTHER="1"), results) is None
+    assert show.scaling(results[1], results) is None
+    assert show.scaling(run("ours", 4, 384), [run("ours", 2, 200)]) == pytest.approx(0.96)
+
+
+def whole_run(mode):
+    decisions = {"checkpointing": [mode, "why"]}
+    return {"name": "2 x ours", "how": "ours", "processes": 2, "environment": {}, "decisions": decisions}
+
+
+@pytest.mark.parametrize(("mode", "set_to"), [("none", "none"), ("unsloth", "unsloth"), ("unchanged", None)])
+def test_taking_one_choice_back_keeps_the_others(mode, set_to):
+    (fixed,) = [run for run in plan([1, 2], [16], batch=16) if "planned micro-batches" in run.name]
+    found = pinned(fixed, [whole_run(mode) | {"processes": 1}, whole_run(mode)]).environment
+    assert found["ACCELERATE_UNSLOTH_MICRO_BATCH"] == "fixed"
+    assert found.get("ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING") == set_to
+    assert pinned(fixed, [{"name": "2 x ours", "error": 1, "output": "killed"}]).environment == fixed.environment
+
+
+def test_an_equal_share_scales_the_effective_batch_with_the_processes():
+    work = Workload("model", "data", steps=1, effective_batch=64)
+    assert work_of(Run("a", "ours", 1, 16), work, most_processes=4).effective_batch == 16
+    assert work_of(Run("a", "ours", 4, 16), work, most_processes=4).effective_batch == 64
+    with pytest.raises(BadParameter, match="effective batch 16 is not a multiple of batch 32"):
+        work_of(Run("a", "plain", 1, 32), work, most_processes=4)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_the_quick_form_measures_one_and_two_cpu_processes(tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "from accelerate_unsloth.commands import app; app()",
+        "bench",
+        "--quick",
+        "--out",
+        tmp_path,
+    ]
+    finished = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=clean_environment(), cwd=ROOT, timeout=240
+    )
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    one, two = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["tokens_per_second"] > 0
+    assert one["peak_host_gib"] > 0.1
+    assert set(two["phases_s"]) >= {"imported", "loaded", "first step", "saved"}
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 x ours" in finished.stdout
+    assert {one["attention"], two["attention"]} == {"sdpa"}

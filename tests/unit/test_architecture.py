@@ -1,0 +1,123 @@
+"""The layers of the package, and what an import may cost."""
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..launching import ROOT, clean_environment
+
+PACKAGE = ROOT / "accelerate_unsloth"
+
+# Lowest first: each may import from itself and from those above it in this list.
+LAYERS = [
+    "patches",
+    "plugin",
+    "devices",
+    "launch",
+    "data",
+    "reporting",
+    "reliability",
+    "reduction",
+    "memory",
+    "engines",
+    "policies",
+    "custom_loop",
+    "trainers",
+    "patch",
+    "config_manager",
+    "commands",
+    "__main__",
+]
+
+
+def imports_of(file: Path) -> set[str]:
+    """Return the layers that a file imports from, at its top or inside functions."""
+    layers, package = set(), file.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*package[: len(package) + 1 - node.level], *(node.module or "").split("."))
+            path = [part for part in base if part]
+            layers |= {path[0]} if path else {alias.name for alias in node.names}
+    return layers
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_file_imports_upwards(file):
+    layer = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if layer == "__init__":
+        return
+    allowed = {*LAYERS[: LAYERS.index(layer) + 1], "__version__"}
+    assert imports_of(file) <= allowed
+
+
+def test_every_module_has_its_layer():
+    found = {
+        p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert found - {"__init__"} == set(LAYERS)
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment(), cwd=ROOT
+    ).stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "unsloth", "rich", "typer"]
+    loaded = run(f"import sys, accelerate_unsloth; print([m for m in {heavy} if m in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_the_command_line_imports_nothing_heavy():
+    heavy = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "unsloth"]
+    loaded = run(f"import sys, accelerate_unsloth.commands; print([m for m in {heavy} if m in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_the_engine_comes_before_trl_transformers_and_peft():
+    """So that Unsloth, where it is the engine, is imported first whichever name a script begins with."""
+    # A finder that finds nothing sees every name when its import begins, and need not wait for the first of the three.
+    script = """
+import os, sys, torch  # torch once, before each name is tried in a process of its own
+class Finder:
+    def find_spec(self, name, *_):
+        print(name, flush=True)
+        if name in ("trl", "transformers", "peft"):
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+for name in ("FastLanguageModel", "SFTConfig", "SFTTrainer", "DistributedTrainerMixin"):
+    if not os.fork():
+        exec(f"from accelerate_unsloth import {name}")
+    os.wait()
+    print("end", flush=True)
+"""
+    tried = [names.split() for names in run(script).split("end\n")[:-1]]
+    assert len(tried) == 4
+    for begun in tried:
+        assert begun[-1] in ("trl", "transformers", "peft")
+        assert "accelerate_unsloth.engines.loaded" in begun
+
+
+def test_every_public_name_resolves():
+    run("import accelerate_unsloth as a; [getattr(a, name) for name in a.__all__]")
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import accelerate_unsloth
+
+    with pytest.raises(AttributeError, match="has no attribute 'FastVisionary'"):
+        _ = accelerate_unsloth.FastVisionary
+
+
+def test_every_package_is_installed():
+    """They are named one by one, because the configuration files come from another folder."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    named = set(settings["options"]["packages"].split())
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in PACKAGE.rglob("__init__.py")}
+    assert named == found | {"accelerate_unsloth.accelerate_configs"}
