@@ -1,7 +1,9 @@
-"""Every option of the library: its default, its check, and the environment variable that sets it."""
+"""Every option of the library: its default, its help, its check, and the environment variable that sets it."""
 
 import difflib
+import inspect
 import os
+import textwrap
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,8 +23,8 @@ class _NotGiven:
 _NOT_GIVEN = _NotGiven()
 
 
-def _option(default: Any, minimum: int = 1) -> Any:
-    return field(default=_NOT_GIVEN, metadata={"default": default, "minimum": minimum})
+def _option(default: Any, help: str, minimum: int = 1) -> Any:
+    return field(default=_NOT_GIVEN, metadata={"default": default, "help": help, "minimum": minimum})
 
 
 @dataclass
@@ -31,60 +33,11 @@ class UnslothPlugin:
     Options of `accelerate_unsloth`, in the manner of Accelerate's own plugins.
 
     A field that is not given is read from the environment variable `ACCELERATE_UNSLOTH_<FIELD>`, and else takes its
-    default; `None` is a value for those whose default it is. `"auto"` leaves a choice to the library, which shows it with its reason when training starts.
+    default. `None` is a value for the fields whose default it is. `"auto"` leaves a choice to the library, which shows it
+    with its reason when training starts.
 
     Args:
-        engine (`str`, *optional*, defaults to `"auto"`):
-            Who builds the model: `"unsloth"`, or `"reference"` (transformers and PEFT, which also runs on a CPU).
-            The engine is chosen when the library is first used, so set it with `ACCELERATE_UNSLOTH_ENGINE`.
-        gradient_sync (`str`, *optional*, defaults to `"auto"`):
-            `"after_backward"` reduces all gradients once per optimizer step, in one flat all-reduce; `"overlapped"`
-            lets `DistributedDataParallel` reduce them in buckets during the last backward.
-        attention (`str`, *optional*, defaults to `"auto"`):
-            Attention kernel of rows of uneven length that run through PyTorch: `"varlen"` (one call for all rows),
-            `"flash"`, `"cudnn"` or `"efficient"` while training; `"unchanged"` leaves PyTorch its choice.
-        gradient_checkpointing (`str`, *optional*, defaults to `"auto"`):
-            `"none"` keeps activations, `"unsloth"` recomputes and offloads them. `"auto"` keeps them where they fit: a
-            script's `use_gradient_checkpointing="unsloth"` or `True` means "save memory if needed", and `False` is obeyed.
-        balance_tokens (`bool`, *optional*, defaults to `True`):
-            Deal the samples of a step to ranks by their cost, so that no rank waits for another's long rows.
-        micro_batch (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` cuts each effective batch into the fewest micro-batches that fit the memory; `"fixed"` keeps the
-            cut of the training arguments. Neither changes the samples of a step or its loss.
-        micro_batch_tokens (`int`, *optional*):
-            For `micro_batch="auto"`: most tokens of a micro-batch, padding included. By default what the memory holds.
-        memory_fraction (`float`, *optional*, defaults to `0.9`):
-            For `"auto"`: part of each GPU's memory that planning may use.
-        gradient_as_bucket_view (`bool`, *optional*, defaults to `True`):
-            For `"overlapped"`: let gradients be views of DDP's buckets, which saves one copy of them.
-        find_unused_parameters (`bool`, *optional*):
-            For `"overlapped"`: let DDP search for parameters without gradient. Left to the Trainer when `None`.
-        static_graph (`bool`, *optional*, defaults to `False`):
-            For `"overlapped"`: promise DDP that every step uses the same parameters in the same order.
-        bucket_cap_mb (`int`, *optional*, defaults to `25`):
-            For `"overlapped"`: size of DDP's buckets in MiB.
-        broadcast_buffers (`bool`, *optional*, defaults to `False`):
-            For `"overlapped"`: let DDP copy rank 0's buffers to the others before a forward.
-        comm_hook (`str`, *optional*, defaults to `"no"`):
-            For `"overlapped"`: `"fp16"` or `"bf16"` sends gradients in that precision.
-        on_nonfinite (`str`, *optional*, defaults to `"stop"`):
-            What a loss or gradient that is not finite does, on any rank: `"stop"` ends the run with the rank and its
-            samples, `"skip"` passes over the step on all ranks.
-        on_oversized (`str`, *optional*, defaults to `"stop"`):
-            What a single sample does that does not fit the memory: `"stop"` ends the run, `"skip"` leaves it out and
-            says so. A micro-batch of several samples is cut in two instead.
-        watchdog_timeout_s (`int`, *optional*):
-            Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends. By
-            default an hour, or 0.8 of the training arguments' `ddp_timeout` (1440 of 1800) on several processes, because
-            the process group gives up by itself after that. `0` switches it off; under a debugger it is off.
-        monitor (`bool`, *optional*, defaults to `True`):
-            Log tokens per second, token imbalance, the slowest rank and memory with each loss, and warn once of memory
-            that is about to run out.
-        report (`bool`, *optional*, defaults to `True`):
-            Write `training_report.html` into the output folder when training ends: losses, speed, what each rank did,
-            decisions, versions and the command, in one file. Secrets in it are hidden.
-        log_on_each_rank (`bool`, *optional*, defaults to `False`):
-            Keep banners, progress bars and warnings on every rank, to look into a rank that differs.
+        {options}
 
     Raises:
         ValueError: for a value that an option does not know, or an unknown `ACCELERATE_UNSLOTH_*` variable.
@@ -93,31 +46,85 @@ class UnslothPlugin:
 
     ```python
     >>> from accelerate_unsloth import UnslothPlugin
-    >>> UnslothPlugin(gradient_sync="overlapped", bucket_cap_mb=50).ddp_kwargs().bucket_cap_mb
+    >>> UnslothPlugin(micro_batch="fixed", bucket_cap_mb=50).ddp_kwargs().bucket_cap_mb
     50
     ```
     """
 
-    engine: Literal["auto", "unsloth", "reference"] = _option("auto")
-    gradient_sync: Literal["auto", "after_backward", "overlapped"] = _option("auto")
-    attention: Literal["auto", "varlen", "flash", "cudnn", "efficient", "unchanged"] = _option("auto")
-    gradient_checkpointing: Literal["auto", "none", "unsloth"] = _option("auto")
-    balance_tokens: bool = _option(True)
-    micro_batch: Literal["auto", "fixed"] = _option("auto")
-    micro_batch_tokens: int | None = _option(None)
-    memory_fraction: float = _option(0.9)
-    gradient_as_bucket_view: bool = _option(True)
-    find_unused_parameters: bool | None = _option(None)
-    static_graph: bool = _option(False)
-    bucket_cap_mb: int = _option(25)
-    broadcast_buffers: bool = _option(False)
-    comm_hook: Literal["no", "fp16", "bf16"] = _option("no")
-    on_nonfinite: Literal["stop", "skip"] = _option("stop")
-    on_oversized: Literal["stop", "skip"] = _option("stop")
-    watchdog_timeout_s: int | None = _option(None, minimum=0)
-    monitor: bool = _option(True)
-    report: bool = _option(True)
-    log_on_each_rank: bool = _option(False)
+    engine: Literal["auto", "unsloth", "reference"] = _option(
+        "auto",
+        'Who builds the model: `"unsloth"`, or `"reference"` (transformers and PEFT, which also runs on a CPU). The engine is '
+        "chosen when the library is first used, so set it with `ACCELERATE_UNSLOTH_ENGINE`.",
+    )
+    attention: Literal["auto", "varlen", "flash", "cudnn", "efficient", "unchanged"] = _option(
+        "auto",
+        'Attention kernel of rows of uneven length that run through PyTorch: `"varlen"` (one call for all rows), `"flash"`, '
+        '`"cudnn"` or `"efficient"` while training; `"unchanged"` leaves the choice to PyTorch.',
+    )
+    gradient_checkpointing: Literal["auto", "none", "unsloth"] = _option(
+        "auto",
+        '`"none"` keeps activations, `"unsloth"` recomputes and offloads them. `"auto"` keeps them where they fit: a script\'s '
+        '`use_gradient_checkpointing="unsloth"` or `True` means "save memory if needed", and `False` is obeyed.',
+    )
+    balance_tokens: bool = _option(
+        True, "Assign the samples of a step to ranks by their cost, so that no rank waits for another's long rows."
+    )
+    micro_batch: Literal["auto", "fixed"] = _option(
+        "auto",
+        '`"auto"` splits each effective batch into the fewest micro-batches that fit the memory; `"fixed"` keeps the split of '
+        "the training arguments. Neither changes the samples of a step or its loss.",
+    )
+    micro_batch_tokens: int | None = _option(
+        None,
+        'For `micro_batch="auto"`: most tokens of a micro-batch, padding included. By default what the memory holds.',
+    )
+    memory_fraction: float = _option(0.9, 'For `"auto"`: part of each GPU\'s memory that planning may use.')
+    gradient_as_bucket_view: bool = _option(
+        True, "For `ddp_kwargs()`: let gradients be views of DDP's buckets, which saves one copy of them."
+    )
+    find_unused_parameters: bool | None = _option(
+        None, "For `ddp_kwargs()`: let DDP search for parameters without gradient. `None` leaves it to accelerate."
+    )
+    static_graph: bool = _option(
+        False, "For `ddp_kwargs()`: promise DDP that every step uses the same parameters in the same order."
+    )
+    bucket_cap_mb: int = _option(25, "For `ddp_kwargs()`: size of DDP's buckets in MiB.")
+    broadcast_buffers: bool = _option(
+        False, "For `ddp_kwargs()`: let DDP copy rank 0's buffers to the others before a forward."
+    )
+    comm_hook: Literal["no", "fp16", "bf16"] = _option(
+        "no", 'For `ddp_kwargs()`: `"fp16"` or `"bf16"` sends gradients in that precision.'
+    )
+    on_nonfinite: Literal["stop", "skip"] = _option(
+        "stop",
+        'What a loss or gradient that is not finite does, on any rank: `"stop"` ends the run with the rank and its samples, '
+        '`"skip"` skips the step on all ranks.',
+    )
+    on_oversized: Literal["stop", "skip"] = _option(
+        "stop",
+        'What a single sample does that does not fit the memory: `"stop"` ends the run, `"skip"` leaves it out and reports it. '
+        "A micro-batch of several samples is split in two instead.",
+    )
+    watchdog_timeout_s: int | None = _option(
+        None,
+        "Longest time without any progress, in seconds, after which every rank writes its stacks and the run ends. By default "
+        "an hour, or 0.8 of the training arguments' `ddp_timeout` (1440 of 1800) on several processes, because the process "
+        "group gives up by itself after that. `0` switches it off; under a debugger it is off.",
+        minimum=0,
+    )
+    monitor: bool = _option(
+        True,
+        "Log tokens per second, token imbalance, the slowest rank and memory with each loss, and warn once of memory that is "
+        "about to run out.",
+    )
+    report: bool = _option(
+        True,
+        "Write `training_report.html` into the output folder when training ends: losses, speed, each rank's work, decisions, "
+        "versions and the command, in one file. Secrets in it are hidden.",
+    )
+    log_on_each_rank: bool = _option(
+        False, "Keep banners, progress bars and warnings on every rank, to look into a rank that differs."
+    )
 
     def __post_init__(self):
         _reject_unknown_variables({f.name for f in fields(self)})
@@ -137,7 +144,7 @@ class UnslothPlugin:
 
     def ddp_kwargs(self, **overrides: Any):
         """
-        The DDP preset as Accelerate wants it.
+        Return the DDP preset as Accelerate wants it, for a custom loop whose model is wrapped in DDP.
 
         Args:
             overrides (`Any`):
@@ -155,7 +162,7 @@ class UnslothPlugin:
             "static_graph": self.static_graph,
             "bucket_cap_mb": self.bucket_cap_mb,
             "broadcast_buffers": self.broadcast_buffers,
-            # The enum, not its text: accelerate passes over a text without a word (1.15, `register_comm_hook`).
+            # The enum, not its text: accelerate ignores a text (1.15, `register_comm_hook`).
             "comm_hook": DDPCommunicationHookType(self.comm_hook),
         }
         if self.find_unused_parameters is not None:
@@ -164,7 +171,7 @@ class UnslothPlugin:
 
     def kwargs_handlers(self) -> list:
         """
-        What to pass as `Accelerator(kwargs_handlers=...)` in a loop of one's own.
+        Return what to pass as `Accelerator(kwargs_handlers=...)` in a custom loop.
 
         Example:
 
@@ -177,9 +184,31 @@ class UnslothPlugin:
         return [self.ddp_kwargs()]
 
 
+def _document(plugin: type) -> None:
+    """Let docstring and signature show the options' help and their real defaults."""
+    options, hints, lines = fields(plugin), get_type_hints(plugin), []
+    for option in options:
+        hint, default = hints[option.name], option.metadata["default"]
+        kind = "str" if get_origin(hint) is Literal else getattr(hint, "__name__", str(hint).split(" ")[0])
+        said = "" if default is None else f", defaults to `{default!r}`".replace("'", '"')
+        lines.append(f"{option.name} (`{kind}`, *optional*{said}):")
+        lines += textwrap.wrap(
+            option.metadata["help"], 108, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        )
+    text = inspect.cleandoc(plugin.__doc__)  # by hand, because Python 3.13 does it while it compiles
+    plugin.__doc__ = text.replace("    {options}", textwrap.indent("\n".join(lines), "    "))
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    plugin.__signature__ = inspect.Signature(
+        [inspect.Parameter(o.name, keyword, default=o.metadata["default"], annotation=o.type) for o in options]
+    )
+
+
+_document(UnslothPlugin)
+
+
 def enabled_by_environment() -> bool:
     """
-    What `ACCELERATE_UNSLOTH_ENABLE` says to `python -m accelerate_unsloth`; true where it is not set.
+    Return what `ACCELERATE_UNSLOTH_ENABLE` tells `python -m accelerate_unsloth`; true where it is not set.
 
     Raises:
         ValueError: if it is neither true nor false.
@@ -204,7 +233,7 @@ def _parse(source: str, value: Any, hint: Any, minimum: int) -> Any:
         except (TypeError, ValueError):
             number = minimum - 1
         if number < minimum:
-            raise ValueError(f"{source}={value!r} is not a whole number of at least {minimum}. Give one.")
+            raise ValueError(f"{source}={value!r} is not a whole number of at least {minimum}.")
         return number
     if isinstance(value, bool):
         return value
@@ -219,7 +248,7 @@ def _parse_fraction(source: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = 0.0
     if not 0 < number <= 1:
-        raise ValueError(f"{source}={value!r} is not a part of the memory; give a number above 0 and at most 1.")
+        raise ValueError(f"{source}={value!r} is no part of the memory; use a number above 0 and at most 1.")
     return number
 
 

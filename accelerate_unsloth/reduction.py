@@ -1,15 +1,24 @@
 """
-The one all-reduce of an optimizer step: gradients, loss and token counts of all ranks in one flat buffer.
+The one reduction of an optimizer step: gradients, loss and token counts of all ranks.
 
-Each rank brings the gradient of its own mean loss and the number of tokens behind it. The reduced gradient is that of
-the mean over all tokens of all ranks, as one process would have computed it on the whole effective batch.
+Each rank brings the gradient of its own mean loss and the number of items (tokens, rows, pairs) behind it. With n_r items
+and gradient g_r on rank r, the reduced gradient is sum_r(n_r * g_r) / sum_r(n_r): that of the mean over all items of all
+ranks, as one process would have computed it on the whole effective batch.
+
+It runs after the last backward, so nothing that happens inside a forward or backward on one rank alone can break or hang
+the others. The price is that the communication is not hidden behind the backward. Gradients travel in float32 chunks of
+64 MiB, two of which exist at a time, so the memory does not grow with the model.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+
+# Large enough for the full bandwidth of NVLink and PCIe, and small beside any model that is trained as a whole.
+CHUNK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -20,79 +29,13 @@ class StepTotals:
     items: torch.Tensor  # loss items of all ranks, a scalar
     tokens: torch.Tensor  # tokens of all ranks, a scalar
     stop_votes: int  # ranks that were asked to stop
-    ranks_out_of_memory: int  # ranks that had to cut a micro-batch
+    ranks_out_of_memory: int  # ranks that had to split a micro-batch
     nonfinite_ranks: list[int]  # ranks whose loss or gradient was not finite
 
 
-class LocalReducer:
-    """
-    What [`FlatReducer`] is to several ranks, for one: its gradient is the mean already, so nothing is sent.
+class Reducer(Protocol):
+    """Turns the gradients of all ranks into one, whether there are several ranks or one."""
 
-    Args:
-        parameters (`Iterable[torch.nn.Parameter]`): The trainable parameters.
-    """
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
-        self._parameters = _trainable(parameters)
-
-    @torch.no_grad()
-    def reduce(
-        self,
-        loss: torch.Tensor,
-        num_items: torch.Tensor,
-        num_tokens: torch.Tensor,
-        wants_stop: bool = False,
-        check_gradients: bool = True,
-    ) -> StepTotals:
-        """As [`FlatReducer.reduce`]."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None] if check_gradients else []
-        return StepTotals(
-            loss=loss.double(),
-            items=num_items,
-            tokens=num_tokens,
-            stop_votes=int(wants_stop),
-            ranks_out_of_memory=0,
-            nonfinite_ranks=[] if not num_items or are_finite(loss, gradients) else [0],
-        )
-
-    def broadcast_parameters(self) -> None:
-        """Nothing to do."""
-
-
-class FlatReducer:
-    """
-    Reduces the gradients of `parameters` over all ranks, weighted by each rank's number of loss items.
-
-    The buffer is float32 (float64 if a parameter is), whatever the gradients are, and lives as long as the reducer:
-    4 bytes a trainable value. A parameter without gradient on this rank counts as zero; without gradient on every
-    rank it keeps none, so that an optimizer's weight decay passes it over as it would in one process.
-
-    Args:
-        parameters (`Iterable[torch.nn.Parameter]`):
-            The trainable parameters, in the same order on every rank and all on one device.
-
-    Raises:
-        ValueError: if no parameter is trainable.
-    """
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
-        self._parameters = _trainable(parameters)
-        first = self._parameters[0]
-        double = any(p.dtype == torch.float64 for p in self._parameters)
-        self._sizes = [p.numel() for p in self._parameters]
-        # Behind the gradients: a presence flag for each parameter, the totals of the step, two votes (to stop, and
-        # for smaller micro-batches), and for each rank whether its numbers went bad.
-        self._rank, world_size = dist.get_rank(), dist.get_world_size()
-        self._layout = [sum(self._sizes), len(self._sizes), 3, 2, world_size]
-        self._buffer = torch.zeros(
-            sum(self._layout),
-            dtype=torch.float64 if double else torch.float32,
-            device=first.device,
-        )
-        flat = self._buffer[: self._layout[0]].split(self._sizes)
-        self._views = [view.view_as(p) for view, p in zip(flat, self._parameters, strict=True)]
-
-    @torch.no_grad()
     def reduce(
         self,
         loss: torch.Tensor,
@@ -103,7 +46,7 @@ class FlatReducer:
         check_gradients: bool = True,
     ) -> StepTotals:
         """
-        Replace each parameter's gradient by the mean over all loss items of all ranks.
+        Replace each parameter's gradient by that of the mean over all loss items of all ranks.
 
         Args:
             loss (`torch.Tensor`): This rank's mean loss over its items in this step, a scalar.
@@ -111,93 +54,226 @@ class FlatReducer:
             num_tokens (`torch.Tensor`): Tokens this rank processed, a scalar.
             wants_stop (`bool`, *optional*, defaults to `False`): Whether this rank was asked to stop.
             ran_out_of_memory (`bool`, *optional*, defaults to `False`):
-                Whether this rank had to cut a micro-batch in this step.
+                Whether this rank had to split a micro-batch in this step.
             check_gradients (`bool`, *optional*, defaults to `True`):
                 Whether gradients have to be finite; a GradScaler finds and skips those that are not by itself.
 
         Returns:
             [`StepTotals`]
         """
-        values, flags, totals, votes, bad = self._buffer.split(self._layout)
-        present = [p.grad is not None for p in self._parameters]
-        if all(present):
-            flags.fill_(1.0)
-        else:
-            values.zero_()
-            flags.copy_(torch.tensor(present, dtype=flags.dtype))
-        views = [view for view, has in zip(self._views, present, strict=True) if has]
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_copy_(views, gradients)
-        totals.copy_(torch.stack([loss.double() * num_items, num_items, num_tokens]))
-        votes[0], votes[1] = float(wants_stop), float(ran_out_of_memory)
-        finite = torch.isfinite(loss)
-        if check_gradients:
-            finite = finite & torch.isfinite(values).all()
-        bad.zero_()
-        bad[self._rank] = ~finite & (totals[1] > 0)
-        values.mul_(totals[1])
-        # A rank without items has nothing to say, even where its gradient is not a number.
-        values.masked_fill_(totals[1] == 0, 0.0)
-        totals[0].masked_fill_(totals[1] == 0, 0.0)
-        dist.all_reduce(self._buffer)
-        weight = totals[1].clamp(min=1.0)
-        values.div_(weight)
-        if gradients:
-            torch._foreach_copy_(gradients, views)
-        if not all(present):
-            self._add_missing_gradients(present, flags)
-        stop_votes, ranks_out_of_memory, *bad_ranks = torch.cat([votes, bad]).tolist()
+
+    def broadcast_parameters(self) -> None:
+        """Give every rank the trainable weights of rank 0, bit for bit."""
+
+
+def make_reducer(parameters: Iterable[torch.nn.Parameter], world_size: int) -> Reducer:
+    """
+    Return the reducer for a number of processes.
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`):
+            Parameters, in the same order on every rank and all on one device; those that are not trainable are left out.
+        world_size (`int`): Number of processes.
+
+    Raises:
+        ValueError: if no parameter is trainable.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from accelerate_unsloth.reduction import make_reducer
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.ones(2)
+    >>> reducer = make_reducer([weight], world_size=1)
+    >>> float(reducer.reduce(torch.tensor(0.5), torch.tensor(8), torch.tensor(9)).loss)
+    0.5
+    ```
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        raise ValueError("No parameter is trainable. Add adapters with get_peft_model, or set full_finetuning=True.")
+    return LocalReducer(trainable) if world_size == 1 else ChunkedReducer(trainable)
+
+
+class LocalReducer:
+    """The [`Reducer`] of one process: its gradient is the mean already, so nothing is sent."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        self._parameters = parameters
+
+    @torch.no_grad()
+    def reduce(
+        self, loss, num_items, num_tokens, wants_stop=False, ran_out_of_memory=False, check_gradients=True
+    ) -> StepTotals:
+        gradients = [p.grad for p in self._parameters if p.grad is not None] if check_gradients else []
         return StepTotals(
-            loss=totals[0] / weight,
+            loss=loss.double(),
+            items=num_items,
+            tokens=num_tokens,
+            stop_votes=int(wants_stop),
+            ranks_out_of_memory=int(ran_out_of_memory),
+            nonfinite_ranks=[0] if num_items and not are_finite(loss, gradients) else [],
+        )
+
+    def broadcast_parameters(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Values `start` to `end` of a flattened parameter."""
+
+    parameter: int
+    start: int
+    end: int
+
+
+class ChunkedReducer:
+    """
+    The [`Reducer`] of several processes.
+
+    A parameter without gradient on this rank counts as zero. One without gradient on every rank keeps none, so that an
+    optimizer's weight decay skips it as it would in one process.
+
+    Args:
+        parameters (`list[torch.nn.Parameter]`): The trainable parameters.
+        chunk_bytes (`int`, *optional*, defaults to 64 MiB): Largest message.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], chunk_bytes: int = CHUNK_BYTES):
+        self._parameters = parameters
+        double = any(p.dtype == torch.float64 for p in parameters)
+        self._dtype = torch.float64 if double else torch.float32
+        self._chunks = _cut([p.numel() for p in parameters], max(1, chunk_bytes // self._dtype.itemsize))
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+
+    @torch.no_grad()
+    def reduce(
+        self, loss, num_items, num_tokens, wants_stop=False, ran_out_of_memory=False, check_gradients=True
+    ) -> StepTotals:
+        missing = [p for p in self._parameters if p.grad is None]
+        present = torch.tensor([p.grad is not None for p in self._parameters])
+        finite = _all_finite(loss, [p.grad for p in self._parameters if check_gradients and p.grad is not None])
+        # Three totals, two votes, for each rank whether its numbers are not finite, for each parameter its gradients.
+        layout = [3, 2, self._world_size, len(self._parameters)]
+        header = torch.zeros(sum(layout), dtype=torch.float64, device=loss.device)
+        totals, votes, nonfinite, gradients = header.split(layout)
+        totals.copy_(torch.stack([loss.double() * num_items, num_items.double(), num_tokens.double()]))
+        totals[0].masked_fill_(totals[1] == 0, 0.0)
+        votes.copy_(torch.tensor([float(wants_stop), float(ran_out_of_memory)]))
+        nonfinite[self._rank] = ~finite & (totals[1] > 0)
+        gradients.copy_(present)
+        own_items = totals[1].clone()
+        dist.all_reduce(header)
+        items = totals[1].clamp(min=1.0)
+        for parameter in missing:
+            parameter.grad = torch.zeros_like(parameter)
+        self._reduce_gradients(own_items, items)
+        stop_votes, ranks_out_of_memory, *flags = torch.cat([votes, nonfinite, gradients]).tolist()
+        on_no_rank = [count == 0 for count in flags[self._world_size :]]
+        for parameter, absent in zip(self._parameters, on_no_rank, strict=True):
+            if absent:
+                parameter.grad = None
+        return StepTotals(
+            loss=totals[0] / items,
             items=totals[1].clone(),
             tokens=totals[2].clone(),
             stop_votes=int(stop_votes),
             ranks_out_of_memory=int(ranks_out_of_memory),
-            nonfinite_ranks=[rank for rank, count in enumerate(bad_ranks) if count],
+            nonfinite_ranks=[rank for rank, flag in enumerate(flags[: self._world_size]) if flag],
         )
 
-    def _add_missing_gradients(self, present: list[bool], flags: torch.Tensor) -> None:
-        for parameter, view, has, ranks_with in zip(
-            self._parameters, self._views, present, flags.tolist(), strict=True
-        ):
-            if not has and ranks_with > 0:
-                parameter.grad = view.to(parameter.dtype, copy=True)
+    def _reduce_gradients(self, own_items: torch.Tensor, items: torch.Tensor) -> None:
+        """Replace each gradient by its mean over `items`; while one chunk travels, the next one is made."""
+        if not all(p.grad.is_contiguous() for p in self._parameters):
+            for parameter in self._parameters:
+                parameter.grad = parameter.grad.contiguous()
+        flat = [p.grad.view(-1) for p in self._parameters]
+        travelling = None
+        for chunk in self._chunks:
+            slices = [flat[piece.parameter][piece.start : piece.end] for piece in chunk]
+            buffer = torch.empty(sum(map(len, slices)), dtype=self._dtype, device=own_items.device)
+            views = buffer.split([len(piece) for piece in slices])
+            torch._foreach_copy_(list(views), slices)
+            buffer.mul_(own_items)
+            # A rank without items adds nothing, even where its gradient is not a number.
+            buffer.masked_fill_(own_items == 0, 0.0)
+            work = dist.all_reduce(buffer, async_op=True)
+            if travelling is not None:
+                _arrive(*travelling, items)
+            travelling = work, buffer, views, slices
+        if travelling is not None:
+            _arrive(*travelling, items)
 
-    @torch.no_grad()
     def broadcast_parameters(self) -> None:
-        """Give every rank the trainable weights of rank 0, bit for bit."""
         broadcast(self._parameters)
+
+
+def _arrive(work, buffer: torch.Tensor, views, slices: list[torch.Tensor], items: torch.Tensor) -> None:
+    """Wait for a chunk, and write its mean into the gradients that it was made of."""
+    work.wait()
+    buffer.div_(items)
+    torch._foreach_copy_(slices, list(views))
+
+
+def _cut(sizes: list[int], most: int) -> list[list[_Piece]]:
+    """
+    Cut parameters of these sizes, one after the other, into chunks of at most `most` values.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.reduction import _cut
+    >>> [[(piece.parameter, piece.start, piece.end) for piece in chunk] for chunk in _cut([3, 4], most=5)]
+    [[(0, 0, 3), (1, 0, 2)], [(1, 2, 4)]]
+    ```
+    """
+    chunks, room = [], 0
+    for parameter, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            if not room:
+                chunks.append([])
+                room = most
+            end = min(size, start + room)
+            chunks[-1].append(_Piece(parameter, start, end))
+            start, room = end, room - (end - start)
+    return chunks
 
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """
-    Give every rank the tensors of rank 0, bit for bit, in one message a type.
+    Give every rank the tensors of rank 0, bit for bit, in chunks of at most 64 MiB of one dtype.
 
     Args:
         tensors (`Iterable[torch.Tensor]`): In the same order on every rank, on one device.
     """
-    tensors = list(tensors)
+    tensors = [tensor.detach() for tensor in tensors]
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
-        dist.broadcast(flat, src=0)
-        parts = flat.split([tensor.numel() for tensor in same])
-        torch._foreach_copy_(same, [part.view_as(tensor) for part, tensor in zip(parts, same, strict=True)])
+        flat = [tensor.contiguous().view(-1) for tensor in same]
+        for chunk in _cut([len(values) for values in flat], max(1, CHUNK_BYTES // dtype.itemsize)):
+            slices = [flat[piece.parameter][piece.start : piece.end] for piece in chunk]
+            buffer = torch.cat(slices)
+            dist.broadcast(buffer, src=0)
+            torch._foreach_copy_(slices, list(buffer.split([len(piece) for piece in slices])))
+        for tensor, values in zip(same, flat, strict=True):
+            if not tensor.is_contiguous():
+                tensor.copy_(values.view_as(tensor))
 
 
 def are_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> bool:
-    """Whether a loss and gradients, of which there may be none, are all finite: by one number a gradient."""
+    """Return whether a loss and gradients, of which there may be none, are all finite."""
+    return bool(_all_finite(loss, gradients))
+
+
+def _all_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Return a boolean scalar on the device, from the largest value of each gradient."""
     finite = torch.isfinite(loss)
+    gradients = [gradient for gradient in gradients if gradient.numel()]
     if gradients:
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-        finite = finite & torch.isfinite(norms).all()
-    return bool(finite)
-
-
-def _trainable(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    trainable = [p for p in parameters if p.requires_grad]
-    if not trainable:
-        raise ValueError("No parameter is trainable. Add adapters with get_peft_model, or set full_finetuning=True.")
-    return trainable
+        largest = torch.stack([norm.double() for norm in torch._foreach_norm(gradients, float("inf"))])
+        finite = finite & torch.isfinite(largest).all()
+    return finite

@@ -105,8 +105,8 @@ def measure(model, tokenizer, rows, attention: str, options) -> dict:
     seconds, done = (sum(series[step] for step in unprofiled) for series in (watch.step_s, [0, *tokens]))
     return {
         "attention": [trainer.attention.backend, trainer.attention.reason],
-        "micro_batch": trainer.micro_batch.reason,
-        "checkpointing": trainer.checkpointing.mode,
+        "micro_batch": trainer.plan.micro_batch.reason,
+        "checkpointing": trainer.plan.checkpointing.mode,
         "tokens_per_second": round(done / seconds),
         "tokens_a_step": round(done / len(unprofiled)),
         "step_s": watch.step_s,

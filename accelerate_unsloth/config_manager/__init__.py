@@ -128,16 +128,10 @@ class ConfigManager:
             gpu_gib=gpu_gib,
             fraction=plugin.memory_fraction,
         )
-        in_step = plugin.gradient_sync == "overlapped"
-        plans_cut = micro_batch.why_fixed(plugin.micro_batch, True, in_step) is None
+        plans_cut = micro_batch.why_fixed(plugin.micro_batch, True) is None
         found = fit(work, plugin.gradient_checkpointing, plans_cut)
         cut = micro_batch.resolve(
-            plugin.micro_batch,
-            True,
-            in_step,
-            plugin.micro_batch_tokens,
-            found.tokens,
-            max_seq_length,
+            plugin.micro_batch, plugin.micro_batch_tokens, micro_batch.Facts(max_seq_length, found.tokens)
         )
         options: dict[str, Any] = {} if processes is None else {"num_gpus": processes}
         if found.checkpointing.mode != "unchanged":

@@ -81,22 +81,13 @@ def _contradictions(config: Mapping[str, Any], plugin: UnslothPlugin) -> Iterato
             f"micro_batch_tokens={plugin.micro_batch_tokens} has no effect with {cut}, which keeps the cut of the "
             "training arguments. Leave one of them out."
         )
-    if plugin.gradient_sync == "after_backward":
-        changed = [f.name for f in fields(plugin) if f.name in _ONLY_OVERLAPPED and _is_changed(plugin, f)]
-        if unused is not None and "find_unused_parameters" not in changed:
-            changed.append("find_unused_parameters")
-        if changed:
-            yield (
-                f"{', '.join(changed)} concern(s) DistributedDataParallel, which gradient_sync='after_backward' does "
-                "without. Leave them out, or set gradient_sync='overlapped'."
-            )
 
 
 def _cut_that_is_kept(plugin: UnslothPlugin) -> str | None:
     """The option, if any, under which micro-batches stay as the training arguments cut them."""
     if plugin.micro_batch == "fixed":
         return "micro_batch='fixed'"
-    return "gradient_sync='overlapped'" if plugin.gradient_sync == "overlapped" else None
+    return None
 
 
 def _is_changed(plugin: UnslothPlugin, option: Field) -> bool:

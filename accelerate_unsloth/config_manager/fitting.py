@@ -62,9 +62,8 @@ def fit(work: Workload, requested: str = "auto", plans_cut: bool = True) -> Fit:
     if (without if requested == "none" else with_) < work.max_seq_length:
         raise ValueError(_too_small(work, recompute=requested != "none"))
     step = ROWS_OF_A_STEP * work.max_seq_length
-    # 0 tells the policy that memory is not planned.
-    kept = max(1, without) if plans_cut else 0
-    choice = activation_checkpointing.resolve(requested, False, None, kept, with_, work.max_seq_length, step)
+    facts = activation_checkpointing.Facts(work.max_seq_length, step, without if plans_cut else None, with_)
+    choice = activation_checkpointing.resolve(requested, facts)
     return Fit(choice, without if choice.mode == "none" else with_)
 
 

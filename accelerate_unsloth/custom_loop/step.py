@@ -1,6 +1,7 @@
 """One optimizer step of a loop of one's own: own forwards and backwards, the one reduction, the optimizer."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ from accelerate.utils import send_to_device
 
 from ..data.loader import count_tokens
 from ..data.user_loader import DealtBatch
-from ..launch.channel import channel
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
 from ..reduction import StepTotals
+from ..reliability import nonfinite
 
 
 class StepMixin:
@@ -58,7 +59,7 @@ class StepMixin:
         gradients = [p.grad for p in self.trainable if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, float(totals.items))
-        return StepTotals(**{**vars(totals), "loss": totals.loss * totals.items})
+        return replace(totals, loss=totals.loss * totals.items)
 
     def _finish_step(self, totals: StepTotals, samples: list) -> None:
         self.step_in_epoch += 1
@@ -66,10 +67,13 @@ class StepMixin:
         self.num_tokens += int(totals.tokens)
         logs = {"loss": float(totals.loss), "epoch": self.epoch, "num_tokens": self.num_tokens}
         logs["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        skipped = bool(totals.nonfinite_ranks)
-        if skipped:
-            self._handle_nonfinite(totals.nonfinite_ranks, samples)
-        elif self.max_grad_norm is not None:
+        scaled, skipped = self.accelerator.scaler is not None, bool(totals.nonfinite_ranks)
+        said = nonfinite.handle(
+            totals.nonfinite_ranks, self.global_step, samples, self.plugin.on_nonfinite, self.trainable, scaled
+        )
+        if said and self.accelerator.is_main_process:
+            print(said)
+        if not skipped and self.max_grad_norm is not None:
             logs["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
         self.optimizer.step()
         skipped = skipped or self.accelerator.optimizer_step_was_skipped  # the scaler's, where gradients overflow
@@ -79,16 +83,3 @@ class StepMixin:
         if self.accelerator.is_main_process:
             for callback in self.callbacks:
                 callback(dict(logs), self.global_step)
-
-    def _handle_nonfinite(self, ranks: list[int], samples: list) -> None:
-        found = channel().gather("samples", samples)
-        where = "; ".join(f"rank {rank} (samples {found[rank]})" for rank in ranks)
-        message = f"The loss or a gradient of step {self.global_step} is not finite on {where}."
-        if self.plugin.on_nonfinite == "stop":
-            raise FloatingPointError(
-                f"{message} Look at these samples, lower the learning rate, or set on_nonfinite='skip' to pass over such steps."
-            )
-        if self.accelerator.is_main_process:
-            print(f"{message} The step is skipped on all ranks.")
-        if self.accelerator.scaler is None:  # which skips by itself, and wants to see the gradients for it
-            self.optimizer.zero_grad()

@@ -26,7 +26,7 @@ from ..launch.topology import topology, uses_cpu
 from ..plugin import UnslothPlugin
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
-from ..reduction import FlatReducer, LocalReducer, broadcast
+from ..reduction import broadcast, make_reducer
 from ..reliability import agreement
 from ..reliability.checksum import kept_buffers
 from ..reliability.grad_scaler import allow_steps_without_gradients
@@ -104,11 +104,6 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
     ):
         command.require(num_gpus, 0 if uses_cpu() else torch.cuda.device_count())
         self.plugin = plugin if plugin is not None else UnslothPlugin()
-        if self.plugin.gradient_sync == "overlapped":
-            raise ValueError(
-                "gradient_sync='overlapped' is DistributedDataParallel's, and MultiGPUTrainer reduces after the backward. "
-                "Leave it at 'auto', or write the loop with Accelerator(kwargs_handlers=plugin.kwargs_handlers())."
-            )
         if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
             raise ValueError(
                 f"gradient_accumulation_steps={gradient_accumulation_steps!r} is not a whole number from 1 on."
@@ -154,8 +149,7 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
         # Device and mixed precision as always, but no DDP around the model.
         self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        reducer = FlatReducer if accelerator.num_processes > 1 else LocalReducer
-        self._reducer = reducer(self.trainable)
+        self._reducer = make_reducer(self.trainable, accelerator.num_processes)
         self._reducer.broadcast_parameters()
         self._share_buffers()
         made = self.optimizer_config["class"](self.trainable, **self.optimizer_config["kwargs"])

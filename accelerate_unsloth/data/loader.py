@@ -1,17 +1,16 @@
-"""From a sampler's micro-batches to tensors: a DataLoader whose fillers carry no labels."""
+"""From a sampler's micro-batches to tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 IGNORED = -100
 
 
-class Slot(list):
+class MicroStep(list):
     """
     What a rank does in one micro-step that the Trainer counts: none, one or several micro-batches.
 
@@ -25,20 +24,12 @@ class MicroBatch:
     """One forward and backward of this rank."""
 
     inputs: dict
-    items: int  # positions whose loss counts; 0 for a filler
-    samples: list[int]  # indices into the training data; empty where we did not deal them, or do not need them
-    filler: bool = False  # there to keep ranks in step; belongs to another rank
-
-
-class _Filler(dict):
-    """A row that is there to keep ranks in step; nothing is learnt from it."""
+    items: int  # what its loss is a mean over: positions whose loss counts
+    samples: list[int]  # indices into the training data; empty where they are not known, or not needed
 
 
 class _Rows(Dataset):
-    """
-    A data set that also takes lists of indices, for a micro-step of several micro-batches, and `~index`, for a filler
-    made of that row.
-    """
+    """A dataset that also takes a list of lists of indices, for a micro-step of several micro-batches."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -47,35 +38,30 @@ class _Rows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int):
-        return self.rows[index] if index >= 0 else _Filler(self.rows[~index])
+        return self.rows[index]
 
     def __getitems__(self, indices: list) -> list:
         if not indices or isinstance(indices[0], list):
-            slot = Slot(self.__getitems__(batch) for batch in indices)
-            slot.samples = indices
-            return slot
-        if indices[0] < 0 or not hasattr(self.rows, "__getitems__"):
-            return [self[index] for index in indices]
-        return self.rows.__getitems__(indices)
+            micro_step = MicroStep(self.__getitems__(batch) for batch in indices)
+            micro_step.samples = indices
+            return micro_step
+        if hasattr(self.rows, "__getitems__"):
+            return self.rows.__getitems__(indices)
+        return [self.rows[index] for index in indices]
 
 
 class _Collator:
-    """Collates each micro-batch with the trainer's own collator, and masks the labels of fillers."""
+    """Collates each micro-batch with the trainer's own collator."""
 
     def __init__(self, collator: Callable[[list], dict]):
         self.collator = collator
 
-    def __call__(self, rows: list) -> dict[str, Any] | Slot:
-        if isinstance(rows, Slot):
-            slot = Slot(self(batch) for batch in rows)
-            slot.samples = rows.samples
-            return slot
-        batch = self.collator([dict(row) if isinstance(row, _Filler) else row for row in rows])
-        if isinstance(rows[0], _Filler):
-            for name in ("labels", "shift_labels"):
-                if name in batch:
-                    batch[name] = torch.full_like(batch[name], IGNORED)
-        return batch
+    def __call__(self, rows: list) -> dict[str, Any] | MicroStep:
+        if not isinstance(rows, MicroStep):
+            return self.collator(rows)
+        micro_step = MicroStep(self.collator(batch) for batch in rows)
+        micro_step.samples = rows.samples
+        return micro_step
 
 
 class PlannedDataLoader(DataLoader):

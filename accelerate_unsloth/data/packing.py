@@ -1,5 +1,5 @@
 """
-Level dealing: samples of uneven length onto ranks and micro-batches, so that nobody waits for a long row.
+Balanced assignment of samples of uneven length to ranks and micro-batches, so that no rank waits for a long row.
 
 Rows without padding cost what their tokens cost, and their attention grows with the square of each length. Padded rows
 cost the longest of their micro-batch each. Everything here is a function of its arguments; no rank talks to another.
@@ -32,9 +32,9 @@ class RowCost:
         return len(lengths) * max(lengths, default=0) if self.padded else sum(lengths)
 
 
-def deal_level(costs: Sequence[float], parts: int, sizes: Sequence[int] | None = None) -> list[list[int]]:
+def assign_longest_first(costs: Sequence[float], parts: int, sizes: Sequence[int] | None = None) -> list[list[int]]:
     """
-    Positions of `costs` on `parts` parts of nearly equal sum: longest processing time first (Graham, 1969).
+    Assign positions of `costs` to `parts` parts of nearly equal sum: longest processing time first (Graham, 1969).
 
     Args:
         costs (`Sequence[float]`): Cost of each position.
@@ -44,22 +44,22 @@ def deal_level(costs: Sequence[float], parts: int, sizes: Sequence[int] | None =
     Example:
 
     ```python
-    >>> from accelerate_unsloth.data.packing import deal_level
-    >>> deal_level([9, 1, 4, 5], parts=2)
+    >>> from accelerate_unsloth.data.packing import assign_longest_first
+    >>> assign_longest_first([9, 1, 4, 5], parts=2)
     [[0, 1], [2, 3]]
-    >>> deal_level([9, 1, 1, 1], parts=2, sizes=[2, 2])
+    >>> assign_longest_first([9, 1, 1, 1], parts=2, sizes=[2, 2])
     [[0, 3], [1, 2]]
     ```
     """
     room = [len(costs)] * parts if sizes is None else sizes
-    dealt = [[] for _ in range(parts)]
+    assigned = [[] for _ in range(parts)]
     loads = [(0.0, part) for part in range(parts) if room[part]]
     for position in sorted(range(len(costs)), key=lambda i: -costs[i]):
         load, part = heapq.heappop(loads)
-        dealt[part].append(position)
-        if len(dealt[part]) < room[part]:
+        assigned[part].append(position)
+        if len(assigned[part]) < room[part]:
             heapq.heappush(loads, (load + costs[position], part))
-    return [sorted(part) for part in dealt]
+    return [sorted(part) for part in assigned]
 
 
 def assign_in_sizes(
@@ -89,8 +89,8 @@ def assign_in_sizes(
         return _assign_padded_in_sizes(samples, lengths, sizes)
     costs = [cost.of(length) for length in lengths]
     ranks = []
-    for share, of_rank in zip(deal_level(costs, len(sizes), [sum(s) for s in sizes]), sizes, strict=True):
-        parts = deal_level([costs[i] for i in share], len(of_rank), of_rank)
+    for share, of_rank in zip(assign_longest_first(costs, len(sizes), [sum(s) for s in sizes]), sizes, strict=True):
+        parts = assign_longest_first([costs[i] for i in share], len(of_rank), of_rank)
         ranks.append([[samples[share[i]] for i in part] for part in parts])
     return ranks
 
@@ -111,7 +111,7 @@ def _assign_padded_in_sizes(samples, lengths, sizes) -> list[list[list[int]]]:
 
 def pack_padded(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
-    Positions of padded rows in at most `parts` micro-batches, the costliest of which costs as little as possible.
+    Group padded rows into at most `parts` micro-batches, the costliest of which costs as little as possible.
 
     A micro-batch costs its count times its longest, so it holds neighbours of the sorted lengths: many short rows, or
     few long ones. The cap that all of them keep is found by bisection.
@@ -134,11 +134,11 @@ def pack_padded(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return packed(low)
 
 
-def deal_balanced(
+def assign_balanced(
     samples: Sequence[int], lengths: Sequence[int], world_size: int, cost: RowCost, token_budget: int
 ) -> list[list[list[int]]]:
     """
-    Deal an effective batch to ranks and micro-batches; the numbers of samples may differ, the costs hardly.
+    Assign an effective batch to ranks and micro-batches of nearly equal cost; their numbers of samples may differ.
 
     Args:
         samples (`Sequence[int]`): Indices of the samples.
@@ -156,33 +156,38 @@ def deal_balanced(
     Example:
 
     ```python
-    >>> from accelerate_unsloth.data.packing import RowCost, deal_balanced
-    >>> deal_balanced([7, 8, 9], [90, 50, 40], world_size=2, cost=RowCost(), token_budget=100)
+    >>> from accelerate_unsloth.data.packing import RowCost, assign_balanced
+    >>> assign_balanced([7, 8, 9], [90, 50, 40], world_size=2, cost=RowCost(), token_budget=100)
     [[[7]], [[8, 9]]]
     ```
     """
     if cost.padded:
-        return _deal_padded(samples, lengths, world_size, token_budget)
-    shares = deal_level([cost.of(length) for length in lengths], world_size)
-    return [cut([samples[i] for i in share], [lengths[i] for i in share], cost, token_budget) for share in shares]
+        return _assign_padded(samples, lengths, world_size, token_budget)
+    shares = assign_longest_first([cost.of(length) for length in lengths], world_size)
+    return [
+        split_micro_batches([samples[i] for i in share], [lengths[i] for i in share], cost, token_budget)
+        for share in shares
+    ]
 
 
-def cut(samples: Sequence[int], lengths: Sequence[int], cost: RowCost, token_budget: int) -> list[list[int]]:
+def split_micro_batches(
+    samples: Sequence[int], lengths: Sequence[int], cost: RowCost, token_budget: int
+) -> list[list[int]]:
     """Split one rank's share into as few balanced micro-batches as keep `token_budget`."""
     if cost.padded:
-        return _deal_padded(samples, lengths, 1, token_budget)[0]
+        return _assign_padded(samples, lengths, 1, token_budget)[0]
     costs = [cost.of(length) for length in lengths]
     check_fits(samples, lengths, token_budget)
     count = max(1, -(-sum(lengths) // token_budget))
-    parts = deal_level(costs, count)
+    parts = assign_longest_first(costs, count)
     # One sample a micro-batch fits in any case, so this ends.
     while any(sum(lengths[i] for i in part) > token_budget for part in parts):
         count += 1
-        parts = deal_level(costs, count)
+        parts = assign_longest_first(costs, count)
     return [[samples[i] for i in part] for part in parts if part]
 
 
-def _deal_padded(samples, lengths, world_size: int, token_budget: int) -> list[list[list[int]]]:
+def _assign_padded(samples, lengths, world_size: int, token_budget: int) -> list[list[list[int]]]:
     """Micro-batches are formed over all ranks first, because long rows belong together wherever they run."""
     check_fits(samples, lengths, token_budget)  # else no count would be large enough
     count = max(1, -(-sum(lengths) // (world_size * token_budget)))
@@ -192,12 +197,12 @@ def _deal_padded(samples, lengths, world_size: int, token_budget: int) -> list[l
         if max(tokens, default=0) <= token_budget:
             break
         count += 1
-    dealt = [[] for _ in range(world_size)]
-    # There and back again over the micro-batches from the costliest on, so that each rank gets as many.
+    assigned = [[] for _ in range(world_size)]
+    # Over the ranks and back, from the costliest micro-batch on, so that each rank gets as many.
     for turn, group in enumerate(sorted(range(len(groups)), key=lambda i: -tokens[i])):
         lap, rank = divmod(turn, world_size)
-        dealt[rank if lap % 2 == 0 else world_size - 1 - rank].append([samples[i] for i in groups[group]])
-    return dealt
+        assigned[rank if lap % 2 == 0 else world_size - 1 - rank].append([samples[i] for i in groups[group]])
+    return assigned
 
 
 def check_fits(samples: Sequence[int], lengths: Sequence[int], token_budget: int) -> None:

@@ -3,8 +3,8 @@ Which samples form an optimizer step, and which rank gets which of them.
 
 The effective batches of an epoch depend on the seed, the epoch and the effective batch size, never on the number of
 processes: any launch of the same effective batch size trains on the same samples in the same step. They are those that
-the stock Trainer forms from the same seed. How they are dealt to ranks and cut into micro-batches is another matter: by
-number, or by cost where lengths are known. A last, incomplete effective batch is dealt over all ranks; no sample is
+the stock Trainer forms from the same seed. How they are assigned to ranks and split into micro-batches is another matter: by
+number, or by cost where lengths are known. A last, incomplete effective batch is spread over all ranks; no sample is
 repeated to fill it.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .packing import RowCost, assign_in_sizes, cut, deal_balanced
+from .packing import RowCost, assign_balanced, assign_in_sizes, split_micro_batches
 
 
 def epoch_order(
@@ -28,7 +28,7 @@ def epoch_order(
     effective_batch: int = 1,
 ) -> list[int]:
     """
-    The order in which an epoch visits its samples.
+    Return the order in which an epoch visits its samples.
 
     Args:
         num_samples (`int`): Number of samples.
@@ -70,12 +70,14 @@ def epoch_order(
     )
 
 
-def deal(samples: Sequence[int], world_size: int, accumulation: int, micro_batch: int) -> list[list[list[int]]]:
+def assign_by_number(
+    samples: Sequence[int], world_size: int, accumulation: int, micro_batch: int
+) -> list[list[list[int]]]:
     """
-    Cut one effective batch into micro-batches: `[micro_step][rank] -> samples`.
+    Split one effective batch into micro-batches by number: `[micro_step][rank] -> samples`.
 
-    A full effective batch is cut as the stock Trainer cuts it. An incomplete one takes the fewest micro-steps that
-    hold it, levelled over all ranks; what is left of the `accumulation` micro-steps stays empty.
+    A full effective batch is split as the stock Trainer does. An incomplete one takes the fewest micro-steps that
+    hold it, spread over all ranks; the other micro-steps stay empty.
 
     Args:
         samples (`Sequence[int]`): At most `world_size * accumulation * micro_batch` samples.
@@ -86,24 +88,24 @@ def deal(samples: Sequence[int], world_size: int, accumulation: int, micro_batch
     Example:
 
     ```python
-    >>> from accelerate_unsloth.data.sampler import deal
-    >>> deal([7, 8, 9], world_size=2, accumulation=2, micro_batch=1)
+    >>> from accelerate_unsloth.data.sampler import assign_by_number
+    >>> assign_by_number([7, 8, 9], world_size=2, accumulation=2, micro_batch=1)
     [[[7], [8]], [[9], []]]
     ```
     """
     steps_needed = -(-len(samples) // (world_size * micro_batch))
-    dealt, start = [], 0
+    micro_steps, start = [], 0
     for step in range(accumulation):
         remaining = len(samples) - start
-        # Levelled over the steps that are left, then over the ranks.
-        in_step = -(-remaining // (steps_needed - step)) if step < steps_needed else 0
+        # Spread over the steps that are left, then over the ranks.
+        of_step = -(-remaining // (steps_needed - step)) if step < steps_needed else 0
         row = []
         for rank in range(world_size):
-            size = in_step // world_size + (rank < in_step % world_size)
+            size = of_step // world_size + (rank < of_step % world_size)
             row.append(list(samples[start : start + size]))
             start += size
-        dealt.append(row)
-    return dealt
+        micro_steps.append(row)
+    return micro_steps
 
 
 class EffectiveBatchSampler(Sampler):
@@ -111,7 +113,7 @@ class EffectiveBatchSampler(Sampler):
     What one rank does in each micro-step of the Trainer, `accumulation` of which make an optimizer step.
 
     The Trainer counts micro-steps; what is in them is ours. A micro-step is a list of micro-batches: one as the user's
-    arguments cut it, none where the rank's share needs fewer, several where a `token_budget` asks for more.
+    arguments split it, none where the rank's share needs fewer, several where a `token_budget` asks for more.
 
     Args:
         num_samples (`int`): Number of samples.
@@ -123,12 +125,8 @@ class EffectiveBatchSampler(Sampler):
         drop_last (`bool`, *optional*, defaults to `False`): Leave out an incomplete last effective batch.
         strategy (`str`, *optional*, defaults to `"random"`): See [`epoch_order`].
         lengths (`Sequence[int]`, *optional*): Tokens of each sample, where they are known.
-        balance (`bool`, *optional*, defaults to `False`): Deal by cost instead of by number; needs `lengths`.
+        balance (`bool`, *optional*, defaults to `False`): Assign by cost instead of by number; needs `lengths`.
         cost ([`RowCost`], *optional*): What a row costs.
-        in_step (`bool`, *optional*, defaults to `False`):
-            Whether ranks meet in every micro-step, so that each of them needs one micro-batch in it. A rank that has
-            none gets one sample of the same effective batch as `~index`, a negative number: a filler whose labels are
-            to be masked.
 
     Attributes:
         token_budget (`int` or `None`): Most tokens of a micro-batch; may be set until the first iteration.
@@ -157,7 +155,6 @@ class EffectiveBatchSampler(Sampler):
         lengths: Sequence[int] | None = None,
         balance: bool = False,
         cost: RowCost | None = None,
-        in_step: bool = False,
     ):
         self.num_samples = num_samples
         self.world_size = world_size
@@ -169,7 +166,6 @@ class EffectiveBatchSampler(Sampler):
         self.lengths = lengths if lengths is None else np.asarray(lengths)
         self.balance = balance
         self.cost = cost or RowCost()
-        self.in_step = in_step
         self.token_budget: int | None = None
         self.first_step = 0
         self.effective_batch = world_size * accumulation * micro_batch
@@ -186,18 +182,16 @@ class EffectiveBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         for step in range(self.first_step, self.num_steps):
-            plan = self.plan(step)
-            filler = [~next(batch[0] for batches in plan for batch in batches)]
-            yield from self._micro_steps(plan[self.rank], filler)
+            yield from self._micro_steps(self.plan(step)[self.rank])
 
     def plan(self, step: int) -> list[list[list[int]]]:
-        """Samples of step `step` of the current epoch: `[rank][micro_batch] -> samples`, without fillers."""
+        """Return the samples of step `step` of the current epoch: `[rank][micro_batch] -> samples`."""
         order = self._order(self.epoch)
         samples = order[step * self.effective_batch : (step + 1) * self.effective_batch]
         lengths = None if self.lengths is None else self.lengths[samples].tolist()
         if self.balance and self.token_budget is not None:
-            return deal_balanced(samples, lengths, self.world_size, self.cost, self.token_budget)
-        rows = deal(samples, self.world_size, self.accumulation, self.micro_batch)
+            return assign_balanced(samples, lengths, self.world_size, self.cost, self.token_budget)
+        rows = assign_by_number(samples, self.world_size, self.accumulation, self.micro_batch)
         ranks = [[row[rank] for row in rows if row[rank]] for rank in range(self.world_size)]
         if self.balance:
             sizes = [[len(batch) for batch in batches] for batches in ranks]
@@ -205,14 +199,15 @@ class EffectiveBatchSampler(Sampler):
         if self.token_budget is None:
             return ranks
         shares = [[sample for batch in batches for sample in batch] for batches in ranks]
-        return [cut(share, self.lengths[share].tolist(), self.cost, self.token_budget) for share in shares]
+        return [
+            split_micro_batches(share, self.lengths[share].tolist(), self.cost, self.token_budget) for share in shares
+        ]
 
-    def _micro_steps(self, batches: list[list[int]], filler: list[int]) -> Iterator[list[list[int]]]:
+    def _micro_steps(self, batches: list[list[int]]) -> Iterator[list[list[int]]]:
         """Spread a rank's micro-batches over the micro-steps that the Trainer counts."""
-        if self.in_step or len(batches) <= self.accumulation:
-            empty = [filler] if self.in_step else []
+        if len(batches) <= self.accumulation:
             yield from ([batch] for batch in batches)
-            yield from [empty] * (self.accumulation - len(batches))
+            yield from [[]] * (self.accumulation - len(batches))
             return
         edges = [len(batches) * turn // self.accumulation for turn in range(self.accumulation + 1)]
         yield from (batches[start:end] for start, end in pairwise(edges))
@@ -229,10 +224,10 @@ class EffectiveBatchSampler(Sampler):
 
 class EvaluationSampler(Sampler):
     """
-    The evaluation batches of one rank: all samples once, and as many batches on every rank.
+    The evaluation batches of one rank: all samples once, round-robin over the ranks.
 
-    With `lengths` like lengths come together, longest first: the ranks' batches of a turn are level, little is padded,
-    and what does not fit the memory fails at once. The mean loss does not depend on the order.
+    With `lengths`, samples of similar length share a batch, longest first: the ranks' batches of a turn take as long,
+    little is padded, and what does not fit the memory fails at once. The mean loss does not depend on the order.
 
     Args:
         num_samples (`int`): Number of samples.
@@ -245,38 +240,22 @@ class EvaluationSampler(Sampler):
 
     ```python
     >>> from accelerate_unsloth.data.sampler import EvaluationSampler
-    >>> list(EvaluationSampler(3, world_size=2, rank=1, batch_size=2))
-    [[2]]
+    >>> list(EvaluationSampler(5, world_size=2, rank=0, batch_size=2))
+    [[0, 1], [4]]
     ```
     """
 
     def __init__(
-        self,
-        num_samples: int,
-        world_size: int,
-        rank: int,
-        batch_size: int,
-        lengths: Sequence[int] | None = None,
+        self, num_samples: int, world_size: int, rank: int, batch_size: int, lengths: Sequence[int] | None = None
     ):
-        self.num_samples = num_samples
-        self.world_size = world_size
-        self.rank = rank
-        self.batch_size = batch_size
-        self.lengths = lengths
-
-    @property
-    def num_real(self) -> int:
-        """Batches of this rank that hold samples; what comes after them are fillers."""
-        batches = -(-self.num_samples // self.batch_size)
-        return batches // self.world_size + (self.rank < batches % self.world_size)
+        self._starts = range(rank * batch_size, num_samples, world_size * batch_size)
+        self._num_samples, self._batch_size, self._lengths = num_samples, batch_size, lengths
 
     def __len__(self) -> int:
-        return -(-self.num_samples // (self.world_size * self.batch_size))
+        return len(self._starts)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = range(self.num_samples)
-        if self.lengths is not None:
-            order = np.argsort(-np.asarray(self.lengths), kind="stable").tolist()
-        for step in range(len(self)):
-            start = (step * self.world_size + self.rank) * self.batch_size
-            yield list(order[start : start + self.batch_size]) or [~0]
+        order = range(self._num_samples)
+        if self._lengths is not None:
+            order = np.argsort(-np.asarray(self._lengths), kind="stable").tolist()
+        yield from (list(order[start : start + self._batch_size]) for start in self._starts)

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from .lengths import lengths_of
-from .loader import PlannedDataLoader, Slot, worker_seeding
+from .loader import MicroStep, PlannedDataLoader, worker_seeding
 from .loader_order import as_drawn, draw, order_of
 from .packing import RowCost
 from .sampler import EffectiveBatchSampler, EvaluationSampler
@@ -217,7 +217,7 @@ def for_evaluation(
     lengths = lengths_of(loader.dataset) if balance else None
     sampler = EvaluationSampler(len(loader.dataset), place.world_size, place.rank, loader.batch_size, lengths)
     planned = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader, place.rank))
-    for samples, inputs in islice(zip(sampler, planned, strict=True), sampler.num_real):
+    for samples, inputs in zip(sampler, planned, strict=True):
         yield DealtBatch(inputs, samples)
 
 
@@ -251,9 +251,11 @@ def _by_turns(loader: DataLoader, place: Place) -> Iterator[DealtBatch]:
             yield DealtBatch(inputs, [(turn, row) for row in range(_rows(inputs))])
 
 
-def _micro_batches(slots: Sequence[Slot]) -> list[DealtBatch]:
+def _micro_batches(micro_steps: Sequence[MicroStep]) -> list[DealtBatch]:
     """What a rank does in the micro-steps of one optimizer step."""
-    return [DealtBatch(inputs, samples) for slot in slots for inputs, samples in zip(slot, slot.samples, strict=True)]
+    return [
+        DealtBatch(inputs, samples) for step in micro_steps for inputs, samples in zip(step, step.samples, strict=True)
+    ]
 
 
 def _rows(inputs: Any) -> int:

@@ -1,28 +1,55 @@
 """
-Whether activations are kept or recomputed in the backward.
+Whether activations are kept for the backward or recomputed in it.
 
-Recomputing costs about a third of a step's arithmetic. It is worth that only where micro-batches without it would be so
-small that launching their kernels takes longer than running them. Nearly every Unsloth script asks for it, because the
-notebooks do; that is taken as "save memory if needed". A script that switches it off is obeyed.
+Recomputing costs about a third of a step's arithmetic. It pays only where micro-batches without it would be so small
+that launching their kernels takes longer than running them. Nearly every Unsloth script asks for it, because the
+notebooks do; that is read as "save memory if needed". A script that switches it off is obeyed.
 """
 
 from dataclasses import dataclass
 
-# Below it a micro-batch takes about as long as its launches: measured for 1B and 8B dims on an H200.
+# Below it a micro-batch takes about as long as its kernel launches: measured for 1B and 8B dims on an H200.
 LAUNCH_BOUND_TOKENS = 4096
 _RECOMPUTE = 4 / 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """
+    What the choice depends on.
+
+    Args:
+        longest_tokens (`int`): Tokens of the longest sample.
+        rank_tokens (`float`): Mean tokens of a rank in an optimizer step.
+        kept_tokens (`int`, *optional*): Largest micro-batch that fits with activations kept; `None` if memory is not planned.
+        recomputed_tokens (`int`, *optional*): And with activations recomputed.
+        switched_off (`bool`, *optional*, defaults to `False`): Whether the script switched checkpointing off.
+        asked_for (`bool` or `str`, *optional*): What the script passed as `use_gradient_checkpointing`, if anything.
+        can_fall_back (`bool`, *optional*, defaults to `True`):
+            Whether a rank that runs out of memory in a step can repeat the micro-batch with recomputation.
+        keep_because (`str`, *optional*, defaults to `""`): Why this model must keep activations, as one clause.
+    """
+
+    longest_tokens: int
+    rank_tokens: float
+    kept_tokens: int | None = None
+    recomputed_tokens: int | None = None
+    switched_off: bool = False
+    asked_for: bool | str | None = None
+    can_fall_back: bool = True
+    keep_because: str = ""
 
 
 @dataclass(frozen=True)
 class CheckpointingChoice:
     mode: str  # "none" | "unsloth" | "unchanged"
     reason: str  # one clause, shown in the start-up table
-    may_recompute: bool = False  # whether recomputing is allowed after all, where keeping activations does not fit
+    may_recompute: bool = False  # whether recomputation is the fallback where keeping activations does not fit
 
 
 def step_cost(rank_tokens: float, token_budget: int, checkpointing: bool) -> float:
     """
-    Estimated time of one rank's step, in tokens of a large micro-batch without recomputation.
+    Estimate the time of one rank's step, in tokens of a large micro-batch without recomputation.
 
     Args:
         rank_tokens (`float`): Tokens of a rank in a step.
@@ -43,29 +70,13 @@ def step_cost(rank_tokens: float, token_budget: int, checkpointing: bool) -> flo
     return micro_batches * max(rank_tokens / micro_batches, LAUNCH_BOUND_TOKENS) * (_RECOMPUTE if checkpointing else 1)
 
 
-def resolve(
-    requested: str,
-    switched_off: bool,
-    asked_for: bool | str | None,
-    without: int,
-    with_: int,
-    longest: int,
-    rank_tokens: float,
-    has_way_back: bool = True,
-) -> CheckpointingChoice:
+def resolve(requested: str, facts: Facts) -> CheckpointingChoice:
     """
-    Choose by estimated time.
+    Choose by estimated step time.
 
     Args:
         requested (`str`): `"auto"`, `"none"` or `"unsloth"`.
-        switched_off (`bool`): Whether the script wants activations to be kept.
-        asked_for (`bool` or `str`, *optional*): What the script passed as `use_gradient_checkpointing`, if anything.
-        without (`int`): Largest micro-batch in tokens that fits without recomputation; 0 if not known.
-        with_ (`int`): And with it.
-        longest (`int`): Tokens of the longest sample.
-        rank_tokens (`float`): Mean tokens of a rank in a step.
-        has_way_back (`bool`, *optional*, defaults to `True`):
-            Whether a rank that runs out of memory in a step can recompute activations from there on.
+        facts ([`Facts`]): Lengths, memory and what the script says.
 
     Returns:
         [`CheckpointingChoice`]
@@ -73,25 +84,34 @@ def resolve(
     Example:
 
     ```python
-    >>> from accelerate_unsloth.policies import checkpointing
-    >>> checkpointing.resolve("auto", False, "unsloth", 14691, 90000, 2048, 7000.0).mode
+    >>> from accelerate_unsloth.policies import activation_checkpointing
+    >>> from accelerate_unsloth.policies.activation_checkpointing import Facts
+    >>> facts = Facts(2048, 7000.0, kept_tokens=14691, recomputed_tokens=90000, asked_for="unsloth")
+    >>> activation_checkpointing.resolve("auto", facts).mode
     'none'
     ```
     """
+    kept = facts.kept_tokens
     if requested != "auto":
         return CheckpointingChoice(requested, "asked for")
-    if switched_off:
+    if facts.keep_because:
+        return CheckpointingChoice("none", facts.keep_because)
+    if facts.switched_off:
         return CheckpointingChoice("none", "the script switched it off")
-    if not without:
+    if kept is None:
         return CheckpointingChoice("unchanged", "memory is not planned here")
-    if not has_way_back:
+    if not facts.can_fall_back:
         return CheckpointingChoice("unchanged", "gradients are too large to repeat a micro-batch that does not fit")
-    if longest > without:
-        return CheckpointingChoice("unsloth", f"the longest sample has {longest} tokens, and {without} fit without it")
-    if step_cost(rank_tokens, without, False) > step_cost(rank_tokens, with_, True):
-        return CheckpointingChoice("unsloth", f"only {without:,} tokens fit without it, too few to fill the GPU")
-    reason = f"{without:,} tokens fit without it, and recomputing costs a third"
-    if asked_for:
+    if facts.longest_tokens > kept:
+        return CheckpointingChoice(
+            "unsloth", f"the longest sample has {facts.longest_tokens} tokens, and {kept} fit without it"
+        )
+    if step_cost(facts.rank_tokens, kept, False) > step_cost(facts.rank_tokens, facts.recomputed_tokens, True):
+        return CheckpointingChoice("unsloth", f"only {kept:,} tokens fit without it, too few to fill the GPU")
+    reason = f"{kept:,} tokens fit without it, and recomputing costs a third"
+    if facts.asked_for:
         variable = "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING=unsloth"
-        reason = f"{without:,} tokens fit without it (the script asked for {asked_for!r}; set {variable} to keep it)"
+        reason = (
+            f"{kept:,} tokens fit without it (the script asked for {facts.asked_for!r}; set {variable} to keep it)"
+        )
     return CheckpointingChoice("none", reason, may_recompute=True)

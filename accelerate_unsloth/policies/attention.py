@@ -21,26 +21,11 @@ _KERNELS = ("cudnn", "flash", "efficient")
 
 
 @dataclass(frozen=True)
-class AttentionChoice:
-    backend: str  # "varlen" | "cudnn" | "flash" | "efficient" | "unchanged"
-    reason: str  # one clause, shown in the start-up table
-    keeps_cudnn: bool = False  # whether "varlen" leaves long rows to cuDNN, by Unsloth's own rule
-
-
-def resolve(
-    requested: str,
-    sdpa_runs_segments: bool,
-    other: str,
-    prefers_cudnn: bool,
-    lengths: int,
-    has_varlen: bool = False,
-    runs_varlen: bool = False,
-) -> AttentionChoice:
+class Facts:
     """
-    Choose the kernel.
+    What the choice depends on. [`kernels.describe`] gives all but the lengths.
 
     Args:
-        requested (`str`): `"auto"`, or a kernel by name.
         sdpa_runs_segments (`bool`): Whether rows without padding go through PyTorch's SDPA one by one.
         other (`str`): What runs them otherwise, for the reason.
         prefers_cudnn (`bool`): Whether PyTorch would take cuDNN on this GPU.
@@ -48,6 +33,33 @@ def resolve(
         has_varlen (`bool`, *optional*, defaults to `False`):
             Whether one call of PyTorch's could run all rows, and would not without us.
         runs_varlen (`bool`, *optional*, defaults to `False`): Whether Unsloth runs all rows in that call by itself.
+    """
+
+    sdpa_runs_segments: bool
+    other: str
+    prefers_cudnn: bool
+    lengths: int
+    has_varlen: bool = False
+    runs_varlen: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    backend: str  # "varlen" | "cudnn" | "flash" | "efficient" | "unchanged"
+    reason: str  # one clause, shown in the start-up table
+    keeps_cudnn: bool = False  # whether "varlen" leaves long rows to cuDNN, by Unsloth's own rule
+
+
+def resolve(requested: str, facts: Facts) -> AttentionChoice:
+    """
+    Choose the kernel.
+
+    Args:
+        requested (`str`): `"auto"`, or a kernel by name.
+        facts ([`Facts`]): What the engine's kernels and the data are like.
+
+    Returns:
+        [`AttentionChoice`]
 
     Raises:
         ValueError: if `"varlen"` is asked for where there is none.
@@ -56,32 +68,32 @@ def resolve(
 
     ```python
     >>> from accelerate_unsloth.policies import attention
-    >>> attention.resolve("auto", True, "", prefers_cudnn=True, lengths=1500).backend
+    >>> facts = attention.Facts(sdpa_runs_segments=True, other="", prefers_cudnn=True, lengths=1500)
+    >>> attention.resolve("auto", facts).backend
     'flash'
     ```
     """
-    if requested == "varlen" and runs_varlen:
-        return AttentionChoice("varlen", f"asked for; {other}", keeps_cudnn=True)
-    if requested == "varlen" and not has_varlen:
-        raise ValueError(
-            f"attention='varlen' cannot be had here ({other or 'it takes PyTorch 2.11 or later on a GPU'}). Leave it at 'auto'."
-        )
+    if requested == "varlen" and facts.runs_varlen:
+        return AttentionChoice("varlen", f"asked for; {facts.other}", keeps_cudnn=True)
+    if requested == "varlen" and not facts.has_varlen:
+        why = facts.other or "it takes PyTorch 2.11 or later on a GPU"
+        raise ValueError(f"attention='varlen' is not available here ({why}). Leave it at 'auto'.")
     if requested != "auto":
         return AttentionChoice(requested, "asked for")
-    if not sdpa_runs_segments:
-        return AttentionChoice("unchanged", other)
-    if prefers_cudnn and 0 < lengths <= CUDNN_MAX_LENGTHS:
-        few = f"{lengths} different length(s), for which cuDNN's plans pay"
-        if lengths == 1 or not has_varlen:  # rows of one length are one call already
+    if not facts.sdpa_runs_segments:
+        return AttentionChoice("unchanged", facts.other)
+    if facts.prefers_cudnn and 0 < facts.lengths <= CUDNN_MAX_LENGTHS:
+        few = f"{facts.lengths} different length(s), for which cuDNN's plans pay"
+        if facts.lengths == 1 or not facts.has_varlen:  # rows of one length are one call already
             return AttentionChoice("unchanged", few)
         return AttentionChoice("varlen", f"short rows in one call; {few} where rows are long", keeps_cudnn=True)
-    if has_varlen:
+    if facts.has_varlen:
         return AttentionChoice(
             "varlen", "all rows of a micro-batch in one call of PyTorch's, instead of one call each"
         )
-    if not prefers_cudnn:
+    if not facts.prefers_cudnn:
         return AttentionChoice("unchanged", "PyTorch does not prefer cuDNN on this device")
-    many = f"{lengths} different lengths" if lengths else "lengths that are not known"
+    many = f"{facts.lengths} different lengths" if facts.lengths else "lengths that are not known"
     return AttentionChoice("flash", f"cuDNN would build a plan for each of {many}")
 
 

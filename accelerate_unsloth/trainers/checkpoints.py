@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 from ..launch.channel import channel
 from ..patches import Ledger
 from ..reliability import checkpoints, rank0_writes, staging, stock_checkpoints
+from .guards import check_weights_are_equal
 
 logger = logging.get_logger(__name__)
 
@@ -149,7 +150,7 @@ class CheckpointMixin:
 
     def _save_checkpoint(self, model, trial):
         run_folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        self._check_weights_are_equal()
+        check_weights_are_equal(self.model, self.state.global_step)
         self._staging = run_folder / checkpoints.STAGING
         try:
             shares_disk = staging.prepare(self._staging)
@@ -217,3 +218,17 @@ class CheckpointMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Later, when the checkpoint has its name."""
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Write the model on rank 0, while the others wait."""
+        save_model, folder = super().save_model, output_dir or self.args.output_dir
+
+        def save():
+            save_model(output_dir, _internal_call=_internal_call)
+            rank0_writes.follow_umask(folder)
+
+        rank0_writes.write_once("model", save)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Push from rank 0, while the others wait."""
+        return rank0_writes.write_once("push_to_hub", functools.partial(super().push_to_hub, *args, **kwargs))

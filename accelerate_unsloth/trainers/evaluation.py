@@ -1,11 +1,12 @@
-"""Evaluation: the exact mean loss over all tokens of all ranks, and TRL's metrics likewise."""
+"""Evaluation: the exact mean loss over all items of all ranks, and TRL's metrics likewise."""
 
 import torch
 
 from ..data.loader import PlannedDataLoader
 from ..launch.channel import channel
+from ..patches import Ledger
 from . import loss
-from .losses import METRICS
+from .adapter import METRICS
 
 
 class EvaluationMixin:
@@ -14,15 +15,17 @@ class EvaluationMixin:
     _eval_sums = None
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        """The stock loop; without custom metrics the loss is the exact mean over all tokens of all ranks."""
-        exact = isinstance(dataloader, PlannedDataLoader)
+        """Run the stock loop; without custom metrics the loss is the exact mean over all items of all ranks."""
+        exact, patches = isinstance(dataloader, PlannedDataLoader), Ledger()
         self._eval_sums = [0.0, 0] if exact else None
-        self._eval_batches_left = dataloader.batch_sampler.num_real if exact else None
-        training_book, self._metric_book = self._metric_book, loss.MetricBook(METRICS)
+        training_book, self.adapter.book = self.adapter.book, loss.MetricBook(METRICS)
+        if exact:  # ranks may have different numbers of batches, and the loop gathers the loss of each
+            patches.patch(self, "gather_function", lambda value: value)
         try:
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
-            book, self._metric_book = self._metric_book, training_book
+            patches.undo()
+            book, self.adapter.book = self.adapter.book, training_book
             sums, self._eval_sums = self._eval_sums, None
         metrics = book.means(self.args.device)
         if exact:
@@ -33,12 +36,10 @@ class EvaluationMixin:
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
-        items = self._count_items(inputs)
-        if self._eval_sums is not None:
-            self._eval_batches_left -= 1
-            if not items or self._eval_batches_left < 0:
-                return torch.zeros((), device=self.args.device), None, None
-        with self._alone(items):
+        items = self.adapter.items(inputs)
+        if self._eval_sums is not None and not items:
+            return torch.zeros((), device=self.args.device), None, None
+        with self.adapter.alone(items):
             value, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         if self._eval_sums is not None:
             self._eval_sums[0] += value.item() * items

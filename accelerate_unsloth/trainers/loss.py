@@ -57,27 +57,27 @@ def is_custom(trainer) -> bool:
 
 
 @torch.no_grad()
-def count_ratio(trainer, inputs: dict[str, Any], items: int) -> float | None:
+def count_ratio(trainer, balance, inputs: dict[str, Any], items: int) -> float | None:
     """
     Return the loss of a micro-batch for twice its item count over that for its item count; RNG states are kept.
 
     Args:
         trainer ([`~transformers.Trainer`]): With its model.
+        balance ([`RouterBalance`], *optional*): Of a mixture of experts; its loss is left out, since the count does not divide it.
         inputs (`dict`): A collated micro-batch.
         items (`int`): Positions of it whose loss counts.
 
     Returns:
         `float`: `None` if the loss is zero or not finite.
     """
-    device, balance = trainer.args.device, trainer._balance
-    losses = []
+    device, losses = trainer.args.device, []
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # the Trainer sets it anew before each step
     for count in (items, 2 * items):
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             without_collectives(trainer.accelerator),
-            nullcontext() if balance is None else balance.left_out(),  # it is not divided by the count
+            nullcontext() if balance is None else balance.left_out(),
             trainer.compute_loss_context_manager(),
         ):
             prepared = trainer._prepare_inputs(dict(inputs))

@@ -2,55 +2,54 @@
 What every trainer shares: exact steps on any number of processes, whatever Unsloth or TRL compute inside them.
 
 The mixin sits in front of a TRL trainer, as Unsloth left it or plain, and overrides where the stock Trainer's ranks
-would meet: the data loader, the token count, the training step, evaluation and saving. Private methods of the Trainer
-that it relies on are listed in `tests/launch/test_patched_points.py`.
+would meet: the data loader, the token count, the training step, evaluation and saving. What is done there is in objects
+that need no Trainer: [`StepRunner`], [`Planner`], [`Guards`], and a [`Reducer`]. Private methods of the Trainer that it
+relies on are listed in `tests/launch/test_patched_points.py`.
 """
 
+import contextlib
 import functools
-import math
 from itertools import islice
 
+from ..engines import kernels
 from ..engines.loaded import choice
 
 # isort: split
 import torch
-from accelerate.utils import DistributedType
+from transformers.utils import logging
 
-from ..data.loader import MicroBatch, Slot, count_items, count_tokens
+from ..data.lengths import count_different
+from ..data.loader import MicroBatch, MicroStep
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
-from ..launch.channel import channel
 from ..launch.topology import topology
+from ..patches import Ledger
 from ..plugin import UnslothPlugin
-from ..policies import gradient_sync
-from ..reduction import FlatReducer
-from ..reliability import agreement, rank0_writes
+from ..policies import attention
+from ..policies.plan import StepPlan
+from ..reduction import make_reducer
+from ..reliability import agreement, nonfinite
 from ..reliability.grad_scaler import allow_steps_without_gradients
 from ..reporting import startup_table
 from ..reporting.monitor import Monitor
-from ..reporting.verbosity import mute_libraries, muted_prints
-from . import loss
+from ..reporting.verbosity import mute_libraries, muted_prints, without_training_banner
+from . import checks, decisions
+from .adapter import LossAdapter
 from .checkpoints import CheckpointMixin
 from .evaluation import EvaluationMixin
-from .guards import GuardMixin
-from .losses import METRICS, LossMixin
-from .out_of_memory import OutOfMemoryMixin
-from .planning import PlanningMixin
-from .probing import ProbeMixin
+from .guards import Guards
+from .loading import LoadingMixin
+from .planner import Planner, leaves_memory
 from .reporting import ReportMixin
+from .step import MAX_REPEATABLE_VALUES, Step, StepRunner
 
-_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+logger = logging.get_logger(__name__)
+
+# Tensor cores read 16 bytes at a time. A row without padding whose tokens are no multiple of 8 sends every product that
+# sums over tokens to a slow kernel (6% of a step on an H200, `benchmarks/profile_step.py`).
+_ALIGNED_TOKENS = 8
 
 
-class DistributedTrainerMixin(
-    GuardMixin,
-    ReportMixin,
-    CheckpointMixin,
-    EvaluationMixin,
-    LossMixin,
-    OutOfMemoryMixin,
-    PlanningMixin,
-    ProbeMixin,
-):
+class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, LoadingMixin):
     """
     Mixin for trainers of the kind of TRL's SFTTrainer: a loss over labelled tokens. Put it first among the bases.
 
@@ -71,6 +70,12 @@ class DistributedTrainerMixin(
     ```
     """
 
+    adapter_class = LossAdapter
+    attention = adapter = None
+    _step: Step | None = None
+
+    # ---- Construction ----
+
     def __init__(self, *args, plugin: UnslothPlugin | None = None, **kwargs):
         self.plugin = plugin if plugin is not None else UnslothPlugin()
         if self.plugin.engine not in ("auto", choice.name):
@@ -78,72 +83,42 @@ class DistributedTrainerMixin(
                 f"engine={self.plugin.engine!r} comes too late: {choice.name!r} was chosen when accelerate_unsloth was "
                 f"first used. Set the environment variable ACCELERATE_UNSLOTH_ENGINE={self.plugin.engine} instead."
             )
-        self._reducer = None
-        self._step_items = self._step_tokens = None
-        self._in_step = False
         with muted_prints():
             super().__init__(*args, **kwargs)
         if self.args.log_level_replica == "warning":  # the default, under which Unsloth's banners come from every rank
             mute_libraries()
         check_has_labels(self.train_dataset, "training")
-        self._check_launch()
+        checks.check_launch(self)
+        checks.check_metric(self)
+        self.adapter = self.adapter_class(self)
+        self._planner = Planner(self.model, choice.name, self.plugin, self.args.device, self.args.optim)
+        self._runner = StepRunner(
+            self.adapter,
+            self.model.parameters,
+            self.plugin.on_oversized,
+            self._planner.fall_back,
+            self._planner.may_fall_back,
+            topology().rank,
+        )
+        self._guards = Guards(self.args.output_dir, self.plugin.watchdog_timeout_s, self.args.ddp_timeout)
+        self.add_callback(self._guards)
         self._monitor = Monitor(self.args.device)
         if self.plugin.monitor:
             self.add_callback(self._monitor)
-        self._resolve_policies()
+        self._settle_arguments()
         agreement.check(self)
 
-    def _check_launch(self) -> None:
-        launched, known = topology().world_size, self.accelerator.num_processes
-        if launched != known:
-            raise ValueError(
-                f"The launcher started {launched} processes, but accelerate knows of {known}: something built its state "
-                "too early, without knowing of the CPU. Make no PartialState() or Accelerator() before the trainer's "
-                "arguments, or pass cpu=True to it."
-            )
-        shards = getattr(self.args, "context_parallel_size", None) or 1
-        if shards > 1:
-            raise ValueError(
-                f"context_parallel_size={shards} splits each sample over GPUs in Unsloth's own way, and accelerate_unsloth "
-                "trains with plain data parallelism. Leave it out, or use unsloth and trl directly."
-            )
-        if self.accelerator.distributed_type not in _DATA_PARALLEL:
-            raise ValueError(
-                f"This launch uses {self.accelerator.distributed_type.value}, and accelerate_unsloth trains with plain "
-                "data parallelism. Launch with unsloth_ddp.yaml, or use trl's own trainer."
-            )
-
-    def _resolve_policies(self) -> None:
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        world_size = self.accelerator.num_processes
-        self._gradients_are_small = trainable <= gradient_sync.AFTER_BACKWARD_MAX_TRAINABLE
-        takes_count = self.model_accepts_loss_kwargs and self.loss is not None and self._balance is None
-        total = sum(p.numel() for p in self.model.parameters())
-        # It would start the training of one rank again, while the others go on. A micro-batch that does not fit is cut.
-        self.args.auto_find_batch_size = False
-        self.gradient_sync = gradient_sync.resolve(
-            self.plugin.gradient_sync, world_size, trainable, total, takes_count
-        )
-        # The token count of a step is needed by every rank under DDP, and by no other rank under our own reduction.
-        self.token_mean_was_off = world_size > 1 and not self.args.average_tokens_across_devices
-        self.args.average_tokens_across_devices = self.gradient_sync.mode == "overlapped"
-        if self.gradient_sync.mode == "after_backward":
+    def _settle_arguments(self) -> None:
+        """Switch off what the reduction replaces, and what would restart or split the training of one rank alone."""
+        self.token_mean_was_off = self.accelerator.num_processes > 1 and not self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = self.args.auto_find_batch_size = False
+        if self.accelerator.num_processes > 1:
             # Device placement and mixed precision as always, but no DDP around the model.
-            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
-
-    # ---- Construction ----
-
-    def _build_accelerator_args(self, **kwargs):
-        """The Trainer's accelerator, with the plugin's DDP preset; the user's own `ddp_*` arguments win."""
-        args = super()._build_accelerator_args(**kwargs)
-        (handler,) = args["kwargs_handlers"]
-        names = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph")
-        given = {name: getattr(self.args, f"ddp_{name}") for name in names}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if self.plugin.find_unused_parameters is None:
-            chosen.setdefault("find_unused_parameters", handler.find_unused_parameters)
-        args["kwargs_handlers"] = [self.plugin.ddp_kwargs(**chosen)]
-        return args
+            unwrapped = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            Ledger().patch(self.accelerator, "prepare_model", unwrapped)
+        padding_free = getattr(self.data_collator, "padding_free", False)
+        if padding_free and choice.name == "unsloth" and getattr(self.data_collator, "pad_to_multiple_of", 0) is None:
+            self.data_collator.pad_to_multiple_of = _ALIGNED_TOKENS  # its lengths, and so its loss, are as before
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         """Run TRL's or Unsloth's preparation, once per node; the last argument of both is the name of the split."""
@@ -152,151 +127,184 @@ class DistributedTrainerMixin(
         split = kwargs.get("dataset_name") or args[-1]
         return prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), split)
 
-    # ---- The step ----
+    # ---- What was decided ----
+
+    @property
+    def plan(self) -> StepPlan | None:
+        """The step plan: checkpointing and micro-batches, with their reasons. `None` before training."""
+        return self._planner.plan
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal ended the training, on any rank."""
+        return self._guards.was_stopped
+
+    @property
+    def skipped_samples(self) -> list[int]:
+        """Samples of this rank that did not fit the memory and were left out."""
+        return self._runner.skipped_samples
+
+    def decisions(self) -> list[startup_table.Row]:
+        """Return subject, decision and reason of each choice, as the start-up table shows them."""
+        return decisions.rows(self, choice)
+
+    # ---- Training ----
+
+    def train(self, *args, **kwargs):
+        """
+        As the Trainer's. SIGTERM and Ctrl-C finish the step and save one checkpoint.
+
+        Raises:
+            SystemExit: with 128 + the signal's number, after such a stop.
+        """
+        with (
+            self._guards.around_training(),
+            muted_prints(),
+            without_training_banner(),
+            contextlib.ExitStack() as self._undo_after_training,
+        ):
+            output = super().train(*args, **kwargs)
+        self._guards.exit_if_stopped(self.state.global_step)
+        return output
 
     def _prepare_for_training(self, *args, **kwargs):
-        if self.gradient_sync.mode == "overlapped":
-            # An evaluation before the training marks the model as prepared, and accelerate then leaves DDP out without a
-            # word (accelerate 1.15, `Accelerator.prepare_model`). Delete this when it tells the two apart.
-            self.model._is_accelerate_prepared = False
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.gradient_sync.mode == "overlapped" and not isinstance(
-            self.model_wrapped, torch.nn.parallel.DistributedDataParallel
-        ):
-            raise RuntimeError(
-                f"Under gradient_sync='overlapped' accelerate should have wrapped the model in DistributedDataParallel, and "
-                f"made it a {type(self.model_wrapped).__name__}. Use gradient_sync='after_backward'."
-            )
-        if self.gradient_sync.mode == "after_backward":
-            self._reducer = FlatReducer(self.model.parameters())
-            self._reducer.broadcast_parameters()
+        self._reducer = make_reducer(self.model.parameters(), self.accelerator.num_processes)
+        self._reducer.broadcast_parameters()
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
-        if self.gradient_sync.mode == "overlapped" and not self.is_world_process_zero():
-            logged = []  # what each rank counts is summed when it is logged
         self._num_tokens = torch.tensor(
             float(logged[-1] if logged else 0), device=self.args.device, dtype=torch.float64
         )
         self._resolve_attention()
         self._plan_step()
-        if self._balance is not None:
-            self._undo_after_training.enter_context(self._balance.installed(self.model))
-        if self._planned_sampler() is not None:
-            self._try_custom_loss(self._first_sample())
-        for noted in getattr(self, "_metrics", {}).values():
-            noted.clear()  # what the probe and the trial have noted
-        self._metric_book = loss.MetricBook(METRICS)
         if self.accelerator.scaler is not None:
             self._undo_after_training.callback(allow_steps_without_gradients(self.accelerator.scaler).undo)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)  # or the probe's, which is larger, would be reported
-        startup_table.show(self, choice)
+        if self.is_world_process_zero():
+            startup_table.show(self.decisions())
         return prepared
 
+    def _resolve_attention(self) -> None:
+        """Choose the attention kernel, for the time of the training."""
+        found = kernels.describe(choice.name)
+        different = count_different(self.train_dataset, self._train_lengths) if found["sdpa_runs_segments"] else 0
+        self.attention = attention.resolve(self.plugin.attention, attention.Facts(lengths=different, **found))
+        self._undo_after_training.enter_context(attention.applied(self.attention))
+
+    def _plan_step(self) -> None:
+        """Plan checkpointing and micro-batches, the same on all ranks, and try them."""
+        sampler, balance = self._planned_sampler(), self.adapter.balance
+        needs_activations = balance is not None and choice.name == "unsloth"
+        why = "the balancing loss of the experts has no gradient where Unsloth recomputes them"
+        self._planner.resolve(
+            sampler,
+            self._train_lengths,
+            self._undo_after_training,
+            noisy=bool(getattr(self.args, "neftune_noise_alpha", None)),
+            can_fall_back=sum(p.numel() for p in self.model.parameters() if p.requires_grad) <= MAX_REPEATABLE_VALUES,
+            keep_because=why if needs_activations else "",
+        )
+        self._planner.probe(self._fits)
+        if balance is not None:
+            self._undo_after_training.enter_context(balance.installed(self.model))
+        if sampler is not None:
+            self.adapter.begin_training(next(iter(sampler.plan(0)[sampler.rank]), []))
+
+    def _fits(self, samples: list[int]) -> bool:
+        """Return whether a forward and backward of these samples fits next to the optimizer's state."""
+        inputs = self.adapter.collate(samples)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        state_bytes = self._planner.state_bytes_of(trainable)
+        if self.optimizer is not None and any(self.optimizer.state.values()):
+            state_bytes = 0  # a resumed run has it already
+        items = self.adapter.items(inputs)
+        _, self.step_item_count = super().get_batch_samples(iter([inputs]), 1, self.args.device)
+        self.current_gradient_accumulation_steps = 1
+        step = Step.of([], items, 0, self.args.device)
+
+        def run():
+            self.adapter.learn(inputs, items, step)
+
+        return leaves_memory(run, trainable, state_bytes, self.args.device, self.plugin.memory_fraction)
+
+    # ---- The step ----
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-steps of this rank's next optimizer step, each a [`Slot`] of [`MicroBatch`]es."""
+        """Begin this rank's next optimizer step; return its micro-steps, each a [`MicroStep`] of [`MicroBatch`]es."""
         self._monitor.begin_step()
-        if self._in_step:  # a stream has ended inside of an effective batch; what is left of it belongs to no step
+        if self._step is not None:  # a stream ended inside an effective batch; what is left of it belongs to no step
             self.model.zero_grad()
-            if self._balance is not None:
-                self._balance.end_step()
-        self._in_step = True
-        slots = [
-            inputs if isinstance(inputs, Slot) else Slot([inputs]) for inputs in islice(epoch_iterator, num_batches)
+            self.adapter.end_step()
+        given = [
+            inputs if isinstance(inputs, MicroStep) else MicroStep([inputs])
+            for inputs in islice(epoch_iterator, num_batches)
         ]
-        batches = [inputs for slot in slots for inputs in slot]
+        batches = [inputs for micro_step in given for inputs in micro_step]
         # Unsloth and transformers decide here whether the model's loss divides by the count, and count for it.
-        _, num_items = super().get_batch_samples(iter(batches), len(batches), device)
-        slots = [Slot(self._micro_batches(slot)) for slot in slots]
-        work = [batch for slot in slots for batch in slot]
-        self._step_samples = [index for batch in work for index in batch.samples]
-        counted = sum(batch.items for batch in work) if num_items is None else num_items
-        self._step_items = torch.as_tensor(counted, device=device, dtype=torch.float64)
-        self._own_tokens = sum(count_tokens(batch.inputs) for batch in work if not batch.filler)
-        self._step_tokens = torch.tensor(self._own_tokens, device=device, dtype=torch.float64)
-        self._step_loss = torch.zeros((), device=device, dtype=torch.float64)
-        self._try_custom_loss(work)
-        self._count_routes([batch for batch in work if batch.items])
-        return slots, num_items
+        _, self.step_item_count = super().get_batch_samples(iter(batches), len(batches), device)
+        micro_steps = [MicroStep(self._micro_batches(micro_step)) for micro_step in given]
+        work = [batch for micro_step in micro_steps for batch in micro_step]
+        counted = self.step_item_count
+        items = sum(batch.items for batch in work) if counted is None else counted
+        self._step = Step.of(work, items, sum(self.adapter.tokens(batch.inputs) for batch in work), device)
+        self.adapter.begin_step(self._step)
+        return micro_steps, counted
 
-    def _micro_batches(self, slot: Slot) -> list[MicroBatch]:
-        samples = getattr(slot, "samples", [[]] * len(slot))
-        fillers = [bool(indices) and indices[0] < 0 for indices in samples]
+    def _micro_batches(self, micro_step: MicroStep) -> list[MicroBatch]:
+        samples = getattr(micro_step, "samples", [[]] * len(micro_step))
         return [
-            MicroBatch(inputs, 0 if filler else self._count_items(inputs), [] if filler else indices, filler)
-            for inputs, indices, filler in zip(slot, samples, fillers, strict=True)
+            MicroBatch(inputs, self.adapter.items(inputs), indices)
+            for inputs, indices in zip(micro_step, samples, strict=True)
         ]
-
-    def _count_items(self, batch) -> int:
-        """Positions of a collated batch whose loss counts, as this model's loss sees them."""
-        return count_items(batch, getattr(self, "_loss_shifts_labels", True))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """
-        Forward and backward of one micro-batch, and after the last of a step the reduction over all ranks.
+        Forward and backward of one micro-step, and after the last of a step the reduction over all ranks.
 
         Returns:
-            `torch.Tensor`: the loss of the whole step over all ranks, with its last micro-batch, and zero before; under
-            `overlapped` what the stock Trainer returns.
+            `torch.Tensor`: the loss of the whole step over all ranks, with its last micro-step, and zero before.
         """
         self._monitor.begin_work()
-        if self.gradient_sync.mode == "overlapped":
-            (batch,) = inputs
-            value = self._learn_in_step(model, batch, num_items_in_batch)
-            self._step_loss += value
-            if self.accelerator.sync_gradients:
-                self._end_step_without_reducer()
-            return value
-        value = torch.zeros((), device=self.args.device)
-        for batch in inputs:
-            if batch.items:  # nothing can be learnt where every label is masked
-                value = value + self._learn(model, batch, num_items_in_batch)
+        value = self._runner.run(self._step, inputs)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.scale(value)  # a scaler that has scaled nothing cannot take part in the step
-        self._step_loss += value
-        if not self.accelerator.sync_gradients:
-            return torch.zeros_like(value)
-        self._forget_skipped_items()
-        if self.gradient_sync.mode == "none":
-            self._end_step_without_reducer()
-            return self._step_loss.to(value.dtype)
-        worked = self._monitor.end_work(self._own_tokens)
+        return self._end_step().to(value.dtype) if self.accelerator.sync_gradients else torch.zeros_like(value)
+
+    def stock_training_step(self, inputs, num_items_in_batch) -> torch.Tensor:
+        """Run the training step of TRL or Unsloth on one micro-batch."""
+        return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
+
+    def _end_step(self) -> torch.Tensor:
+        """Meet the other ranks; return the loss of the step."""
+        step, self._step = self._step, None
+        step.leave_out_skipped(self.model.parameters())
+        worked = self._monitor.end_work(step.tokens)
         totals = self._reducer.reduce(
-            self._step_loss,
-            self._step_items,
-            self._step_tokens,
-            wants_stop=self._stop.signal is not None,
-            ran_out_of_memory=self._failed_tokens > 0,
+            step.loss,
+            step.items,
+            torch.tensor(step.tokens, device=step.items.device, dtype=torch.float64),
+            wants_stop=self._guards.wants_stop,
+            ran_out_of_memory=step.failed_tokens > 0,
             check_gradients=self.accelerator.scaler is None,
         )
         self._monitor.add_work(worked)
         self._num_tokens += totals.tokens
-        self._note_end_of_step(totals.stop_votes, totals.nonfinite_ranks)
+        self.adapter.end_step()
+        self._guards.note_votes(totals.stop_votes)
+        number, scaled = self.state.global_step + 1, self.accelerator.scaler is not None
+        said = nonfinite.handle(
+            totals.nonfinite_ranks, number, step.samples, self.plugin.on_nonfinite, self.model.parameters(), scaled
+        )
+        self._tell(said, logger.warning)
         if totals.ranks_out_of_memory:
-            self._plan_smaller()
-        return totals.loss.to(value.dtype)
+            fell_back, self._runner.fell_back = self._runner.fell_back, False
+            self._tell(self._planner.lower(step.failed_tokens, fell_back, number), print)
+        return totals.loss
 
-    def _end_step_without_reducer(self) -> None:
-        """One process, or DDP: there is no reduction of ours that could carry votes and bad numbers."""
-        worked = self._monitor.end_work(self._own_tokens)
-        if self._failed_tokens and self.gradient_sync.mode == "none":
-            self._plan_smaller()
-        self._num_tokens += self._step_tokens
-        if self.gradient_sync.mode == "overlapped" and not self._step_items:
-            for (
-                parameter
-            ) in self.model.parameters():  # no rank has a label: DDP leaves zeros, which momentum would act on
-                parameter.grad = None
-        finite = self._own_numbers_are_finite(self._step_loss)
-        notes = torch.tensor([float(self._stop.signal is not None), float(not finite)], device=self.args.device)
-        notes = self.accelerator.reduce(notes) if self.gradient_sync.mode == "overlapped" else notes
-        votes, bad = notes.tolist()
-        self._monitor.add_work(worked)
-        ranks = []
-        if bad:
-            finite_losses = channel().gather("nonfinite", math.isfinite(self._step_loss))
-            ranks = [rank for rank, is_finite in enumerate(finite_losses) if not is_finite]
-            ranks = ranks or list(range(len(finite_losses)))  # DDP has spread bad gradients to all of them
-        self._note_end_of_step(int(votes), ranks)
+    def _tell(self, message: str | None, say) -> None:
+        if message is not None and self.is_world_process_zero():
+            say(message)
 
     def floating_point_ops(self, inputs):
         """Operations of all micro-batches of a micro-step, as the Trainer estimates them."""
@@ -308,37 +316,15 @@ class DistributedTrainerMixin(
             return
         together = {}
         for name in (getattr(self.model, "main_input_name", "input_ids"), "attention_mask"):
-            rows = [batch.inputs[name].reshape(1, -1) for batch in inputs if not batch.filler and name in batch.inputs]
+            rows = [batch.inputs[name].reshape(1, -1) for batch in inputs if name in batch.inputs]
             if rows or name != "attention_mask":
                 together[name] = torch.cat(rows, dim=1) if rows else torch.empty(1, 0, dtype=torch.long)
         super()._track_num_input_tokens(together)
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            tokens = self._num_tokens
-            if self.gradient_sync.mode == "overlapped":
-                tokens = self.accelerator.reduce(tokens, reduction="sum")
-            logs["num_tokens"] = int(tokens.item())
-            logs |= self._metric_book.means(self.args.device)
-            if self._balance is not None and self._balance.values:
-                values, self._balance.values = self._balance.values, []
-                logs["aux_loss"] = sum(values) / len(values)
+            logs["num_tokens"] = int(self._num_tokens.item())
+            logs |= self.adapter.logs(self.args.device)
             if self.plugin.monitor:
                 logs |= self._read_ranks()
         return super().log(logs, *args, **kwargs)
-
-    # ---- Saving ----
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """Write the model on rank 0, while the others wait."""
-        save_model, folder = super().save_model, output_dir or self.args.output_dir
-
-        def save():
-            save_model(output_dir, _internal_call=_internal_call)
-            rank0_writes.follow_umask(folder)
-
-        rank0_writes.write_once("model", save)
-
-    def push_to_hub(self, *args, **kwargs):
-        """Push from rank 0, while the others wait."""
-        return rank0_writes.write_once("push_to_hub", functools.partial(super().push_to_hub, *args, **kwargs))

@@ -10,12 +10,12 @@ from ..engines.loaded import choice
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..memory import gpu_cache
 from ..reliability import rank0_writes
 from ..reporting import html
 from ..reporting.html.record import Spent
 from ..reporting.memory_warnings import PressureWatch
 from ..reporting.readings import summary
-from .caches import free_if_in_the_way
 
 logger = logging.get_logger(__name__)
 
@@ -69,9 +69,9 @@ class ReportMixin:
 
     def _evaluate(self, *args, **kwargs):
         with self._clock.spending("evaluation_s"):
-            free_if_in_the_way(self.args.device)
+            gpu_cache.release_if_in_the_way(self.args.device)
             metrics = super()._evaluate(*args, **kwargs)
-            free_if_in_the_way(self.args.device)
+            gpu_cache.release_if_in_the_way(self.args.device)
         return metrics
 
     def _save_checkpoint(self, *args, **kwargs):

@@ -7,7 +7,7 @@ import torch
 import trl
 from trl import SFTConfig
 
-from ..data.prepare import check_not_empty
+from .checks import check_columns
 from .mixin import DistributedTrainerMixin
 
 
@@ -80,28 +80,8 @@ class SFTTrainer(DistributedTrainerMixin, _ReferenceSFTTrainer if choice.name ==
     ):
         text_field = kwargs.get("dataset_text_field") or getattr(args, "dataset_text_field", None) or "text"
         for split, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
-            _check_columns(dataset, split, text_field, kwargs.get("formatting_func"))
+            check_columns(dataset, split, text_field, kwargs.get("formatting_func"))
         # By keyword: Unsloth reads old spellings, such as max_seq_length, only beside a keyword `args`.
         given = {"args": args, "data_collator": data_collator, "processing_class": processing_class}
         given = {name: value for name, value in given.items() if value is not None}
         super().__init__(model=model, train_dataset=train_dataset, eval_dataset=eval_dataset, **given, **kwargs)
-
-
-def _check_columns(dataset, split: str, text: str, formatting_func) -> None:
-    """
-    Make sure that TRL can find the text.
-
-    Raises:
-        ValueError: if no column holds it, or there are no rows.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if not isinstance(columns, list):
-        return
-    check_not_empty(dataset, split)
-    known = ({text}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"}, {"image"}, {"images"})
-    if formatting_func is None and not any(need <= set(columns) for need in known):
-        raise ValueError(
-            f"The {split} data set has the columns {', '.join(map(repr, columns))}, and none of the forms that SFT "
-            f"reads: {text!r}, 'prompt' and 'completion', 'messages', or 'input_ids'. Rename a column, set "
-            "dataset_text_field, or pass formatting_func."
-        )

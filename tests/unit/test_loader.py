@@ -1,10 +1,10 @@
-"""From micro-steps to tensors: fillers teach nothing, and what is counted is what the loss sees."""
+"""From micro-steps to tensors: what is counted is what the loss sees."""
 
 import pytest
 import torch
 from datasets import Dataset
 
-from accelerate_unsloth.data.loader import IGNORED, PlannedDataLoader, Slot, count_items, count_tokens
+from accelerate_unsloth.data.loader import IGNORED, MicroStep, PlannedDataLoader, count_items, count_tokens
 from accelerate_unsloth.data.sampler import EffectiveBatchSampler
 
 IDS = [[1, 2], [3], [4, 5, 6], [7]]
@@ -25,11 +25,9 @@ def collate(rows):
     return {"input_ids": padded(0), "labels": padded(IGNORED), "shift_labels": padded(IGNORED)}
 
 
-def sampler(rank=0, in_step=False, samples=4, token_budget=None):
+def sampler(rank=0, samples=4, token_budget=None):
     lengths = [len(ids) for ids in IDS[:samples]]
-    made = EffectiveBatchSampler(
-        samples, 2, rank, 1, 2, seed=0, strategy="sequential", lengths=lengths, in_step=in_step
-    )
+    made = EffectiveBatchSampler(samples, 2, rank, 1, 2, seed=0, strategy="sequential", lengths=lengths)
     made.token_budget = token_budget
     return made
 
@@ -40,42 +38,32 @@ def rows(request):
 
 
 def test_each_micro_step_has_its_samples_and_their_tensors(rows):
-    slots = list(PlannedDataLoader(rows, sampler(rank=1), collate))
-    assert [type(slot) for slot in slots] == [Slot, Slot]
-    assert [slot.samples for slot in slots] == [[[1]], [[3]]]
-    assert [batch["input_ids"].tolist() for slot in slots for batch in slot] == [[[3]], [[7]]]
-    assert [batch["labels"].tolist() for slot in slots for batch in slot] == [[[3]], [[7]]]
+    micro_steps = list(PlannedDataLoader(rows, sampler(rank=1), collate))
+    assert [type(micro_step) for micro_step in micro_steps] == [MicroStep, MicroStep]
+    assert [micro_step.samples for micro_step in micro_steps] == [[[1]], [[3]]]
+    assert [batch["input_ids"].tolist() for micro_step in micro_steps for batch in micro_step] == [[[3]], [[7]]]
+    assert [batch["labels"].tolist() for micro_step in micro_steps for batch in micro_step] == [[[3]], [[7]]]
 
 
 def test_a_micro_step_may_hold_several_micro_batches(rows):
     cut = EffectiveBatchSampler(4, 1, 0, 4, 1, seed=0, strategy="sequential", lengths=[2, 1, 3, 1])
     cut.token_budget = 4
-    (slot,) = PlannedDataLoader(rows, cut, collate)
-    assert slot.samples == [[0, 3], [1, 2]] or slot.samples == [[2, 3], [0, 1]]
-    assert [batch["input_ids"].tolist() for batch in slot] == [
-        collate([{"input_ids": IDS[i]} for i in samples])["input_ids"].tolist() for samples in slot.samples
+    (micro_step,) = PlannedDataLoader(rows, cut, collate)
+    assert micro_step.samples == [[0, 3], [1, 2]] or micro_step.samples == [[2, 3], [0, 1]]
+    assert [batch["input_ids"].tolist() for batch in micro_step] == [
+        collate([{"input_ids": IDS[i]} for i in samples])["input_ids"].tolist() for samples in micro_step.samples
     ]
 
 
 def test_a_micro_step_without_work_is_empty(rows):
-    slots = list(PlannedDataLoader(rows, sampler(rank=1, samples=3), collate))
-    assert [list(slot) for slot in slots[1:]] == [[]]
-    assert slots[1].samples == []
+    micro_steps = list(PlannedDataLoader(rows, sampler(rank=1, samples=3), collate))
+    assert [list(micro_step) for micro_step in micro_steps[1:]] == [[]]
+    assert micro_steps[1].samples == []
 
 
-def test_a_filler_has_the_tokens_of_its_row_and_no_labels(rows):
-    *_, slot = PlannedDataLoader(rows, sampler(rank=1, samples=3, in_step=True), collate)
-    assert slot.samples == [[~0]]
-    (batch,) = slot
-    assert batch["input_ids"].tolist() == [[1, 2]]
-    assert batch["labels"].tolist() == batch["shift_labels"].tolist() == [[IGNORED, IGNORED]]
-
-
-def test_batches_of_evaluation_are_collated_as_they_are_and_fillers_masked(rows):
-    batches = list(PlannedDataLoader(rows, [[0, 2], [~1]], collate))
-    assert batches[0]["labels"].tolist() == [[1, 2, IGNORED], [4, 5, 6]]
-    assert batches[1]["input_ids"].tolist() == [[3]]
-    assert batches[1]["labels"].tolist() == [[IGNORED]]
+def test_batches_of_evaluation_are_collated_as_they_are(rows):
+    batches = list(PlannedDataLoader(rows, [[0, 2], [1]], collate))
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[1, 2, 0], [4, 5, 6]], [[3]]]
 
 
 def test_the_loader_passes_the_epoch_on(rows):

@@ -9,8 +9,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accelerate_unsloth.data.lengths import count_different, lengths_of
-from accelerate_unsloth.data.packing import RowCost, assign_in_sizes, cut, deal_balanced, deal_level, pack_padded
-from accelerate_unsloth.data.sampler import deal
+from accelerate_unsloth.data.packing import (
+    RowCost,
+    assign_balanced,
+    assign_in_sizes,
+    assign_longest_first,
+    pack_padded,
+    split_micro_batches,
+)
+from accelerate_unsloth.data.sampler import assign_by_number
 
 ROWS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 COSTS = st.sampled_from([RowCost(), RowCost(attention_per_token=4e-5), RowCost(padded=True)])
@@ -25,7 +32,7 @@ COSTS = st.sampled_from([RowCost(), RowCost(attention_per_token=4e-5), RowCost(p
     ],
 )
 def test_the_heaviest_goes_to_the_lightest(costs, parts, expected):
-    assert deal_level(costs, parts) == expected
+    assert assign_longest_first(costs, parts) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,7 @@ PADDED, SQUARE = RowCost(padded=True), RowCost(attention_per_token=1.0)
     ],
 )
 def test_a_share_is_split_as_the_budget_asks(lengths, cost, budget, expected):
-    assert cut(range(10, 10 + len(lengths)), lengths, cost, budget) == expected
+    assert split_micro_batches(range(10, 10 + len(lengths)), lengths, cost, budget) == expected
 
 
 @given(ROWS, st.integers(1, 4), st.integers(1, 5), COSTS)
@@ -73,7 +80,7 @@ def test_a_share_is_split_as_the_budget_asks(lengths, cost, budget, expected):
 def test_fixed_sizes_are_kept_and_nothing_is_lost(lengths, world_size, micro_batch, cost):
     samples = list(range(len(lengths)))
     accumulation = -(-len(samples) // (world_size * micro_batch))
-    rows = deal(samples, world_size, accumulation, micro_batch)
+    rows = assign_by_number(samples, world_size, accumulation, micro_batch)
     sizes = [[len(row[rank]) for row in rows if row[rank]] for rank in range(world_size)]
     ranks = assign_in_sizes(samples, lengths, sizes, cost)
     assert [sorted(map(len, batches)) for batches in ranks] == [sorted(of_rank) for of_rank in sizes]
@@ -99,7 +106,7 @@ def test_fixed_sizes_are_balanced(cost):
     ],
 )
 def test_padded_micro_batches_are_few_and_dealt_level(lengths, budget, expected):
-    assert deal_balanced(range(len(lengths)), lengths, 2, PADDED, token_budget=budget) == expected
+    assert assign_balanced(range(len(lengths)), lengths, 2, PADDED, token_budget=budget) == expected
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))
@@ -126,7 +133,7 @@ def test_rows_without_tokens_are_packed_like_others():
 @given(ROWS, st.integers(1, 6), COSTS, st.integers(500, 2000))
 @settings(max_examples=200, deadline=None)
 def test_a_budget_is_kept_by_all_micro_batches(lengths, world_size, cost, budget):
-    ranks = deal_balanced(list(range(len(lengths))), lengths, world_size, cost, token_budget=budget)
+    ranks = assign_balanced(list(range(len(lengths))), lengths, world_size, cost, token_budget=budget)
     assert len(ranks) == world_size
     assert all(all(batches) for batches in ranks)  # none is empty
     assert all(cost.tokens([lengths[i] for i in batch]) <= budget for batches in ranks for batch in batches)
@@ -136,14 +143,14 @@ def test_a_budget_is_kept_by_all_micro_batches(lengths, world_size, cost, budget
 @given(ROWS, st.integers(500, 2000))
 @settings(max_examples=200, deadline=None)
 def test_a_share_is_cut_into_few_micro_batches(lengths, budget):
-    batches = cut(list(range(len(lengths))), lengths, RowCost(), token_budget=budget)
+    batches = split_micro_batches(list(range(len(lengths))), lengths, RowCost(), token_budget=budget)
     assert len(batches) <= 2 * -(-sum(lengths) // budget)  # no worse than any first-fit packing
 
 
 @pytest.mark.parametrize("cost", [RowCost(), RowCost(padded=True)])
 def test_a_sample_above_the_budget_is_named(cost):
     with pytest.raises(ValueError, match="Sample 8 has 90 tokens, and a micro-batch may hold 80"):
-        deal_balanced([7, 8], [10, 90], 2, cost, token_budget=80)
+        assign_balanced([7, 8], [10, 90], 2, cost, token_budget=80)
 
 
 def test_ranks_are_level_on_the_lengths_of_the_benchmark():
@@ -151,13 +158,13 @@ def test_ranks_are_level_on_the_lengths_of_the_benchmark():
     generator, cost = np.random.default_rng(0), RowCost(attention_per_token=3.8e-5)
     for _ in range(1000):
         lengths = np.clip(generator.lognormal(6.9, 1.0, 64) / 3.2, 1, 2048).astype(int).tolist()
-        ranks = deal_balanced(list(range(64)), lengths, 4, cost, token_budget=8192)
+        ranks = assign_balanced(list(range(64)), lengths, 4, cost, token_budget=8192)
         loads = [sum(cost.of(lengths[i]) for batch in batches for i in batch) for batches in ranks]
         assert max(loads) / (sum(loads) / 4) <= 1.02
 
 
 def test_padded_rows_meet_their_like():
-    ranks = deal_balanced(list(range(6)), [100, 10, 90, 9, 11, 12], 2, RowCost(padded=True), token_budget=200)
+    ranks = assign_balanced(list(range(6)), [100, 10, 90, 9, 11, 12], 2, RowCost(padded=True), token_budget=200)
     assert sorted(sorted(batch) for batches in ranks for batch in batches) == [[0, 2], [1, 3, 4, 5]]
 
 

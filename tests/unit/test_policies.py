@@ -3,33 +3,9 @@
 import pytest
 
 from accelerate_unsloth.memory import budget, optimizer_state
-from accelerate_unsloth.policies import activation_checkpointing, attention, gradient_sync, micro_batch
+from accelerate_unsloth.plugin import UnslothPlugin
+from accelerate_unsloth.policies import activation_checkpointing, attention, micro_batch, plan
 from accelerate_unsloth.reliability.watchdog import resolve_timeout
-
-
-@pytest.mark.parametrize(
-    ("requested", "world_size", "trainable", "total", "takes_count", "mode"),
-    [
-        ("auto", 1, 10**9, 10**9, True, "none"),
-        ("overlapped", 1, 10**9, 10**9, True, "none"),
-        ("auto", 4, 42_000_000, 8 * 10**9, True, "after_backward"),
-        ("auto", 4, 525_000_000, 8 * 10**9, True, "after_backward"),  # modules_to_save=["lm_head"],
-        ("auto", 4, 8 * 10**9, 8 * 10**9, True, "overlapped"),
-        ("auto", 4, 8 * 10**9, 8 * 10**9, False, "after_backward"),
-        ("after_backward", 4, 8 * 10**9, 8 * 10**9, True, "after_backward"),
-        ("overlapped", 4, 1000, 2000, True, "overlapped"),
-    ],
-)
-def test_gradient_sync(requested, world_size, trainable, total, takes_count, mode):
-    choice = gradient_sync.resolve(requested, world_size, trainable, total, takes_count)
-    assert choice.mode == mode
-    assert choice.reason
-    assert not choice.reason.endswith(".")
-
-
-def test_overlapped_is_refused_where_it_cannot_be_exact():
-    with pytest.raises(ValueError, match="it is exact only for a loss"):
-        gradient_sync.resolve("overlapped", 2, 1000, 1000, loss_takes_item_count=False)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +20,7 @@ def test_overlapped_is_refused_where_it_cannot_be_exact():
     ],
 )
 def test_cudnn_is_kept_away_from_many_lengths(requested, segments, cudnn, lengths, backend):
-    choice = attention.resolve(requested, segments, "xformers runs them", cudnn, lengths)
+    choice = attention.resolve(requested, attention.Facts(segments, "xformers runs them", cudnn, lengths))
     assert choice.backend == backend
     assert choice.reason
 
@@ -59,14 +35,14 @@ def test_cudnn_is_kept_away_from_many_lengths(requested, segments, cudnn, length
     ],
 )
 def test_one_call_for_all_rows_is_best_where_it_can_be_had(segments, cudnn, lengths, backend):
-    choice = attention.resolve("auto", segments, "xformers", cudnn, lengths, has_varlen=True)
+    choice = attention.resolve("auto", attention.Facts(segments, "xformers", cudnn, lengths, has_varlen=True))
     assert (choice.backend, choice.keeps_cudnn) == (backend, False)
 
 
 def test_rows_of_a_few_lengths_may_have_both():
     import torch
 
-    choice = attention.resolve("auto", True, "", True, 4, has_varlen=True)
+    choice = attention.resolve("auto", attention.Facts(True, "", True, 4, has_varlen=True))
     assert (choice.backend, choice.keeps_cudnn) == ("varlen", True)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     with attention.applied(choice):
@@ -75,7 +51,7 @@ def test_rows_of_a_few_lengths_may_have_both():
 
 def test_a_kernel_that_is_not_there_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="xformers runs them"):
-        attention.resolve("varlen", False, "xformers runs them", True, 1500)
+        attention.resolve("varlen", attention.Facts(False, "xformers runs them", True, 1500))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +81,7 @@ def test_the_kernel_is_that_of_the_training_and_the_old_one_comes_back(backend, 
         ("auto", False, 5_000, 60_000, 6_000, 5_000, "unsloth"),  # nor here, though most do
         ("auto", False, 2_100, 60_000, 2048, 20_000, "unsloth"),  # many small micro-batches
         ("auto", True, 1_500, 60_000, 2048, 7_000, "none"),  # obeyed
-        ("auto", False, 0, 0, 2048, 7_000, "unchanged"),
+        ("auto", False, None, None, 2048, 7_000, "unchanged"),
         ("none", False, 1, 1, 2048, 7_000, "none"),
         ("unsloth", False, 27_000, 700_000, 2048, 7_000, "unsloth"),
     ],
@@ -114,13 +90,15 @@ def test_the_kernel_is_that_of_the_training_and_the_old_one_comes_back(backend, 
 def test_activations_are_kept_where_that_saves_time(
     requested, off, asked_for, without, with_, longest, rank_tokens, mode
 ):
-    choice = activation_checkpointing.resolve(requested, off, asked_for, without, with_, longest, rank_tokens)
+    facts = activation_checkpointing.Facts(longest, rank_tokens, without, with_, off, asked_for)
+    choice = activation_checkpointing.resolve(requested, facts)
     assert choice.mode == mode
     assert choice.may_recompute == (mode == "none" and requested == "auto" and not off)
 
 
 def test_the_table_says_how_to_get_the_recomputation_that_the_script_asked_for():
-    choice = activation_checkpointing.resolve("auto", False, "unsloth", 14_691, 90_000, 2048, 7_000)
+    facts = activation_checkpointing.Facts(2048, 7_000, 14_691, 90_000, asked_for="unsloth")
+    choice = activation_checkpointing.resolve("auto", facts)
     assert choice.reason == (
         "14,691 tokens fit without it (the script asked for 'unsloth'; set "
         "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING=unsloth to keep it)"
@@ -128,33 +106,61 @@ def test_the_table_says_how_to_get_the_recomputation_that_the_script_asked_for()
 
 
 @pytest.mark.parametrize(
-    ("requested", "known", "in_step", "most", "fits", "expected"),
+    ("requested", "known", "most", "fits", "expected"),
     [
-        ("auto", True, False, None, 30_000, ("auto", 30_000)),
-        ("auto", True, False, 5_000, 30_000, ("auto", 5_000)),
-        ("auto", True, False, 50_000, 30_000, ("auto", 30_000)),
-        ("auto", True, False, None, 1_000, ("auto", 2_048)),  # the longest sample is tried nevertheless
-        ("auto", True, False, None, None, ("fixed", None)),
-        ("auto", True, True, None, 30_000, ("fixed", None)),
-        ("auto", False, False, None, 30_000, ("fixed", None)),
-        ("fixed", True, False, 5_000, 30_000, ("fixed", None)),
+        ("auto", True, None, 30_000, ("auto", 30_000)),
+        ("auto", True, 5_000, 30_000, ("auto", 5_000)),
+        ("auto", True, 50_000, 30_000, ("auto", 30_000)),
+        ("auto", True, None, 1_000, ("auto", 2_048)),  # the longest sample is tried nevertheless
+        ("auto", True, None, None, ("fixed", None)),
+        ("auto", False, None, 30_000, ("fixed", None)),
+        ("fixed", True, 5_000, 30_000, ("fixed", None)),
     ],
 )
-def test_micro_batches_are_as_large_as_memory_and_user_allow(requested, known, in_step, most, fits, expected):
-    choice = micro_batch.resolve(requested, known, in_step, most, fits, longest=2_048)
+def test_micro_batches_are_as_large_as_memory_and_user_allow(requested, known, most, fits, expected):
+    choice = micro_batch.resolve(requested, most, micro_batch.Facts(2_048, fits, lengths_known=known))
     assert (choice.mode, choice.token_budget) == expected
 
 
-def test_a_limit_below_the_longest_sample_is_refused():
+def test_a_limit_below_the_longest_sample_is_rejected():
     with pytest.raises(ValueError, match="micro_batch_tokens=100, but the longest sample has 128 tokens"):
-        micro_batch.resolve("auto", True, False, 100, None, longest=128)
+        micro_batch.resolve("auto", 100, micro_batch.Facts(128))
 
 
 def test_what_failed_is_not_planned_again():
-    choice = micro_batch.resolve("auto", True, False, None, 30_000, longest=2_048)
-    assert micro_batch.lowered(choice, 20_000, 2_048, "why").token_budget == 14_000
-    assert micro_batch.lowered(choice, 2_100, 2_048, "why").token_budget == 2_048
-    assert micro_batch.confirmed(choice, 21_000, 2_048).token_budget == 21_000
+    choice = micro_batch.resolve("auto", None, micro_batch.Facts(2_048, 30_000))
+    assert choice.lowered(20_000, 2_048, "why").token_budget == 14_000
+    assert choice.lowered(2_100, 2_048, "why").token_budget == 2_048
+    assert choice.confirmed(21_000, 2_048).token_budget == 21_000
+
+
+@pytest.mark.parametrize(
+    ("options", "facts", "mode", "budget"),
+    [
+        ({}, {}, "none", 30_000),
+        ({"gradient_checkpointing": "unsloth"}, {}, "unsloth", 90_000),
+        ({}, {"switched_off": True}, "none", 30_000),
+        ({}, {"keep_because": "experts"}, "none", 30_000),
+        ({}, {"kept_tokens": 0}, "unsloth", 90_000),  # nothing fits with activations kept
+        ({"micro_batch": "fixed"}, {}, "unchanged", None),  # the script's, both
+        ({}, {"noisy": True}, "unchanged", None),
+        ({}, {"lengths_known": False}, "unchanged", None),
+        ({}, {"can_fall_back": False}, "unchanged", 90_000),  # the script recomputes
+        ({"micro_batch_tokens": 9_000}, {"kept_tokens": None, "recomputed_tokens": None}, "unchanged", 9_000),
+    ],
+)
+def test_checkpointing_and_micro_batches_are_planned_together(options, facts, mode, budget):
+    known = {"kept_tokens": 30_000, "recomputed_tokens": 90_000} | facts
+    chosen = plan.plan(UnslothPlugin(**options), plan.Facts(2_048, 16_384.0, **known))
+    assert (chosen.checkpointing.mode, chosen.micro_batch.token_budget) == (mode, budget)
+
+
+def test_a_plan_falls_back_to_recomputation_only_where_keeping_activations_was_our_choice():
+    facts = plan.Facts(2_048, 16_384.0, kept_tokens=30_000, recomputed_tokens=90_000)
+    fallback = plan.plan(UnslothPlugin(), facts).recomputing("a sample did not fit")
+    assert (fallback.checkpointing.mode, fallback.micro_batch.token_budget) == ("unsloth", 90_000)
+    assert fallback.recomputing("again") is None
+    assert plan.plan(UnslothPlugin(gradient_checkpointing="none"), facts).recomputing("why") is None
 
 
 LLAMA_8B = budget.ModelShape(4096, 14336, 32, 32, 8, 128, 49152)
@@ -179,13 +185,8 @@ def test_what_fits_shrinks_with_the_optimizer_and_grows_with_checkpointing():
     assert fits("adamw_torch", True, left_gib=0.1) == 0
 
 
-def test_noise_that_depends_on_the_micro_batch_keeps_the_cut_of_the_arguments():
-    assert micro_batch.resolve("auto", True, False, 4_000, 30_000, 2_048, noisy=True).mode == "fixed"
-    assert micro_batch.resolve("auto", True, False, 4_000, 30_000, 2_048).mode == "auto"
-
-
 def test_varlen_may_be_asked_for_where_unsloth_runs_it_by_itself():
-    choice = attention.resolve("varlen", False, "Unsloth runs it", True, 1500, runs_varlen=True)
+    choice = attention.resolve("varlen", attention.Facts(False, "Unsloth runs it", True, 1500, runs_varlen=True))
     assert (choice.backend, choice.keeps_cudnn) == ("varlen", True)  # and nothing is switched
     assert "Unsloth runs it" in choice.reason
 

@@ -1,4 +1,4 @@
-"""The flat all-reduce against the arithmetic, in two forked Gloo processes."""
+"""The reduction against the arithmetic, in two forked Gloo processes."""
 
 import multiprocessing
 import os
@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from accelerate_unsloth.reduction import FlatReducer
+from accelerate_unsloth import reduction
+from accelerate_unsloth.reduction import ChunkedReducer, make_reducer
 
 # Gradients of two ranks for three parameters; None where a rank has none. Rank 0 has 3 items, rank 1 has 1.
 GRADIENTS = [
@@ -46,9 +47,9 @@ def parameters(dtype=torch.float32):
     return [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (2, 1, 2)]
 
 
-def reduce_once(rank, dtype=torch.float32, items=ITEMS, gradients=GRADIENTS, scale=1.0):
+def reduce_once(rank, dtype=torch.float32, items=ITEMS, gradients=GRADIENTS, scale=1.0, chunk_values=1000):
     own = parameters(dtype)
-    reducer = FlatReducer(own)
+    reducer = ChunkedReducer(own, chunk_bytes=chunk_values * torch.promote_types(dtype, torch.float32).itemsize)
     for parameter, values in zip(own, gradients[rank], strict=True):
         parameter.grad = None if values is None else torch.tensor(values, dtype=dtype) * scale
     totals = reducer.reduce(torch.tensor(LOSSES[rank]), torch.tensor(items[rank]), torch.tensor(10 + rank))
@@ -67,7 +68,7 @@ def no_items_at_all(rank):
 
 def repeated_steps(rank):
     own = parameters()
-    reducer = FlatReducer(own)
+    reducer = make_reducer(own, 2)
     results = []
     for with_gradient in (True, False):
         own[0].grad = torch.ones(2) if with_gradient else None
@@ -82,15 +83,26 @@ def broadcast(rank):
         torch.nn.Parameter(torch.full((3,), float(rank + 1))),
         torch.nn.Parameter(torch.full((2,), float(rank + 5), dtype=torch.bfloat16)),
     ]
-    FlatReducer(own).broadcast_parameters()
+    make_reducer(own, 2).broadcast_parameters()
     return [p.tolist() for p in own]
+
+
+def transposed(rank):
+    """Weights and a gradient that are not contiguous, in messages of one value."""
+    reduction.CHUNK_BYTES = 4
+    own = torch.nn.Parameter(torch.arange(4.0).view(2, 2).T + rank)
+    own.grad = torch.arange(4.0).view(2, 2).T * (rank + 1)
+    reducer = ChunkedReducer([own], chunk_bytes=4)
+    reducer.broadcast_parameters()
+    reducer.reduce(torch.tensor(1.0), torch.tensor(1), torch.tensor(1))
+    return own.tolist(), own.grad.tolist()
 
 
 def overflow_on_one_rank(rank):
     """A GradScaler step in which rank 1 alone overflows: its weight after the step, and the next scale."""
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
-    reducer = FlatReducer([weight])
+    reducer = make_reducer([weight], 2)
     scaler.scale((weight * (float("inf") if rank == 1 else 1.0)).sum()).backward()
     reducer.reduce(torch.tensor(1.0), torch.tensor(1), torch.tensor(1))
     scaler.unscale_(optimizer)
@@ -102,7 +114,7 @@ def overflow_on_one_rank(rank):
 def bad_numbers(rank):
     """Which ranks are named for a bad loss, a bad gradient, and one that a GradScaler answers for; and the votes."""
     own = parameters()
-    reducer = FlatReducer(own)
+    reducer = make_reducer(own, 2)
     named = []
     for loss, gradient, check in [(float("nan"), 1.0, True), (1.0, float("inf"), True), (1.0, float("inf"), False)]:
         own[0].grad = torch.full((2,), gradient if rank == 1 else 1.0)
@@ -125,6 +137,9 @@ CASES = {
     "bfloat16": lambda rank: reduce_once(rank, torch.bfloat16),
     "float16": lambda rank: reduce_once(rank, torch.float16),
     "scaled": lambda rank: reduce_once(rank, scale=65536.0),
+    "chunks that cut a parameter": lambda rank: reduce_once(rank, chunk_values=1),
+    "chunks of two parameters": lambda rank: reduce_once(rank, chunk_values=3),
+    "transposed": transposed,
     "no items on one rank": no_items_on_one_rank,
     "no items at all": no_items_at_all,
     "repeated steps": repeated_steps,
@@ -132,7 +147,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", ["float32", "float64", "bfloat16", "float16", "scaled"])
+CUT = ["chunks that cut a parameter", "chunks of two parameters"]
+
+
+@pytest.mark.parametrize("case", ["float32", "float64", "bfloat16", "float16", "scaled", *CUT])
 def test_gradients_and_loss_are_means_over_the_items_of_all_ranks(case, tmp_path):
     for gradients, loss, tokens in on_two_ranks(case, tmp_path):
         assert gradients == EXPECTED
@@ -168,6 +186,20 @@ def test_broadcast_gives_every_rank_the_weights_of_rank_0(tmp_path):
     assert on_two_ranks("broadcast", tmp_path) == [[[1.0] * 3, [5.0] * 2]] * 2
 
 
+def test_tensors_need_not_be_contiguous(tmp_path):
+    assert on_two_ranks("transposed", tmp_path) == [([[0.0, 2.0], [1.0, 3.0]], [[0.0, 3.0], [1.5, 4.5]])] * 2
+
+
+def test_one_process_keeps_its_gradient_and_checks_it():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    reducer = make_reducer([weight, torch.nn.Parameter(torch.zeros(0))], 1)
+    for value, items, named in [(1.0, 4, []), (float("nan"), 4, [0]), (float("nan"), 0, [])]:
+        weight.grad = torch.tensor([1.0, value])
+        totals = reducer.reduce(torch.tensor(2.0), torch.tensor(items), torch.tensor(9), ran_out_of_memory=True)
+        assert (totals.nonfinite_ranks, float(totals.loss), totals.ranks_out_of_memory) == (named, 2.0, 1)
+        assert float(weight.grad[0]) == 1.0
+
+
 def test_nothing_to_train_is_said():
     with pytest.raises(ValueError, match="No parameter is trainable"):
-        FlatReducer([torch.nn.Parameter(torch.zeros(1), requires_grad=False)])
+        make_reducer([torch.nn.Parameter(torch.zeros(1), requires_grad=False)], 2)

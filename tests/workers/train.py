@@ -11,8 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
-from accelerate_unsloth.engines.loaded import choice
-from accelerate_unsloth.reporting import startup_table
 
 # isort: split
 import datasets
@@ -86,8 +84,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "learning_rates": [entry["learning_rate"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "num_tokens": [entry.get("num_tokens") for entry in history],
-        "gradient_sync": trainer.gradient_sync.mode,
-        "micro_batch_tokens": trainer.micro_batch.token_budget,
+        "micro_batch_tokens": trainer.plan.micro_batch.token_budget,
         "samples_dealt": "balanced" if trainer.balances_tokens else "planned",
         "mapped_rows": maps,
         "data_files": [file["filename"] for file in getattr(trainer.train_dataset, "cache_files", [])],
@@ -98,7 +95,7 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
         "wrapper": type(trainer.model_wrapped).__name__,
         "log_history": trainer.state.log_history,
-        "decisions": startup_table.rows(trainer, choice),
+        "decisions": trainer.decisions(),
     }
     (out / f"result{rank}.json").write_text(json.dumps(seen))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -123,10 +120,12 @@ def sabotage(how: str | None) -> None:
     from accelerate_unsloth import reduction
 
     if how == "no all-reduce":
-        reduction.dist = SimpleNamespace(**vars(reduction.dist) | {"all_reduce": lambda _: None})
+        reduction.dist = SimpleNamespace(
+            **vars(reduction.dist) | {"all_reduce": lambda *args, **options: SimpleNamespace(wait=lambda: None)}
+        )
     elif how == "mean of rank means":
-        reduce = reduction.FlatReducer.reduce
-        reduction.FlatReducer.reduce = lambda self, loss, items, tokens, **options: reduce(
+        reduce = reduction.ChunkedReducer.reduce
+        reduction.ChunkedReducer.reduce = lambda self, loss, items, tokens, **options: reduce(
             self, loss, torch.ones_like(items), tokens, **options
         )
 

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 PHASES = {"launched": float(os.environ["BENCH_LAUNCHED_S"]), "python": time.time()}
@@ -145,6 +146,9 @@ def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -
     stamp("trained")
     trainer.save_model(str(Path(out) / "adapter"))
     stamp("saved")
+    plan, chosen = getattr(trainer, "plan", None), {}  # of ours alone
+    if plan is not None:
+        chosen = {"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing, "attention": trainer.attention}
     report = {
         "phases": PHASES,
         "begins": clock.begins,
@@ -152,11 +156,7 @@ def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "attention": clock.attention,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "decisions": {
-            name: [getattr(trainer, name).__dict__[key] for key in getattr(trainer, name).__dict__]
-            for name in ("micro_batch", "checkpointing", "attention", "gradient_sync")
-            if hasattr(trainer, name)
-        },
+        "decisions": {name: astuple(choice) for name, choice in chosen.items()},
     }
     (Path(out) / f"rank{rank}.json").write_text(json.dumps(report))
 

@@ -11,7 +11,7 @@ from ...launch.topology import Topology, uses_cpu
 from ...memory import model_sizes
 from ...memory.estimate import estimate
 from ...plugin import UnslothPlugin
-from ...policies import activation_checkpointing, attention, gradient_sync, micro_batch
+from ...policies import activation_checkpointing, attention, micro_batch
 from .finding import NOTE, PROBLEM, Finding
 
 # What a choice depends on is the model, which is not known here: these stand for the usual cases.
@@ -48,7 +48,6 @@ def findings(visible_gpus: int, devices: Sequence[Device] = (), kernels: dict | 
     processes = Topology.from_environment().world_size if "WORLD_SIZE" in os.environ else max(visible_gpus, 1)
     found = [
         Finding("engine", f"{engine.name}: {engine.reason}"),
-        *_synchronisation(plugin, processes),
         *_attention(plugin, engine.name, kernels),
         *_cut(
             plugin, min((d.total_gib for d in devices), default=None) if engine.name == "unsloth" else None, processes
@@ -62,17 +61,13 @@ def engine_name(visible_gpus: int) -> str | None:
     return findings(visible_gpus).engine
 
 
-def _synchronisation(plugin: UnslothPlugin, processes: int) -> Iterator[Finding]:
-    for name, size in _SIZES.items():
-        sync = gradient_sync.resolve(plugin.gradient_sync, processes, loss_takes_item_count=True, **size)
-        yield Finding("gradient sync", f"{name}, {processes} process(es): {sync.mode}: {sync.reason}")
-
-
 def _attention(plugin: UnslothPlugin, engine: str, kernels: dict | None) -> Iterator[Finding]:
     if engine == "unsloth" and kernels is None:
         return  # Unsloth could not be asked, which is a finding of its own
     try:
-        chosen = attention.resolve(plugin.attention, lengths=_LENGTHS, **(kernels or describe(engine)))
+        chosen = attention.resolve(
+            plugin.attention, attention.Facts(lengths=_LENGTHS, **(kernels or describe(engine)))
+        )
     except ValueError as error:
         yield Finding("attention", str(error), PROBLEM)
         return
@@ -95,17 +90,15 @@ def _cut(plugin: UnslothPlugin, gpu_gib: float | None, processes: int) -> Iterat
             remedy = "`accelerate-unsloth estimate-memory MODEL` shows what a smaller one takes."
             yield Finding("gradient checkpointing", why, NOTE, remedy)
             return
-        kept = max(1, kept)  # 0 would tell the policy that nothing is known
-    rank_tokens, overlapped = _ROWS_OF_A_STEP * _ROW_TOKENS, plugin.gradient_sync == "overlapped"
-    if micro_batch.why_fixed(plugin.micro_batch, True, overlapped):
-        kept = 0  # memory is not planned where the script cuts the micro-batches
-    recompute = activation_checkpointing.resolve(
-        plugin.gradient_checkpointing, False, None, kept, recomputed, _ROW_TOKENS, rank_tokens
+    fixed = micro_batch.why_fixed(plugin.micro_batch, True)  # the script's checkpointing stays then as well
+    facts = activation_checkpointing.Facts(
+        _ROW_TOKENS, _ROWS_OF_A_STEP * _ROW_TOKENS, None if gpu_gib is None or fixed else kept, recomputed
     )
+    recompute = activation_checkpointing.resolve(plugin.gradient_checkpointing, facts)
     yield Finding("gradient checkpointing", f"{_PLANNED}: {recompute.mode}: {recompute.reason}")
     fits = (kept if recompute.mode == "none" else recomputed) if gpu_gib is not None else None
     try:
-        cut = micro_batch.resolve(plugin.micro_batch, True, overlapped, plugin.micro_batch_tokens, fits, _ROW_TOKENS)
+        cut = micro_batch.resolve(plugin.micro_batch, plugin.micro_batch_tokens, micro_batch.Facts(_ROW_TOKENS, fits))
     except ValueError as error:
         yield Finding("micro-batches", str(error), NOTE)
         return

@@ -125,11 +125,8 @@ def _shares_of_steps(record: Record) -> list[Share]:
         own += sum(rank.own_s for rank in interval.ranks) / len(interval.ranks)
         longest += max(rank.own_s for rank in interval.ranks)
         wall += interval.ranks[0].wall_s
-    work = "mean of the ranks"
-    if record.reduces_inside_backward:
-        work += "; gradients are reduced inside, so this includes waiting for other ranks"
     return [
-        Share("Forward and backward", own, work),
+        Share("Forward and backward", own, "mean of the ranks"),
         Share("Waiting for the slowest rank", longest - own, "its own work over the mean, between two logs"),
         Share("The rest of steps", max(0.0, wall - longest), "fetching data, reduction, optimizer"),
     ]

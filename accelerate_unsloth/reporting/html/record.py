@@ -47,7 +47,6 @@ class Record:
         began (`str`): When, in words.
         spent ([`Spent`]): Where the time went.
         history ([`History`]): Readings of all ranks; empty where they were not monitored.
-        reduces_inside_backward (`bool`): Whether a rank's own work includes meeting the others.
         facts (`list[tuple[str, str]]`): Further things to tell of the run.
         warnings (`list[str]`): What users were warned of.
         decisions (`list[tuple[str, str, str]]`): Subject, decision and reason of each automatic choice.
@@ -66,7 +65,6 @@ class Record:
     began: str = ""
     spent: Spent = field(default_factory=Spent)
     history: History = field(default_factory=History)
-    reduces_inside_backward: bool = False
     facts: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     decisions: list[tuple[str, str, str]] = field(default_factory=list)
@@ -109,10 +107,9 @@ def collect(
         began=began,
         spent=spent,
         history=history,
-        reduces_inside_backward=trainer.gradient_sync.mode == "overlapped",
         facts=_facts(trainer),
         warnings=list(warnings),
-        decisions=[row for row in startup_table.rows(trainer, engine) if row[0] != "versions"],
+        decisions=[row for row in trainer.decisions() if row[0] != "versions"],
         versions=_versions(),
         command=command.script(),
     )

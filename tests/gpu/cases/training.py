@@ -62,10 +62,9 @@ def describe(trainer) -> dict:
         "losses": [entry["loss"] for entry in steps],
         "gradient_norms": [entry["grad_norm"] for entry in steps],
         "aux_losses": [entry.get("aux_loss") for entry in steps],
-        "gradient_sync": trainer.gradient_sync.mode,
-        "checkpointing": trainer.checkpointing.mode,
-        "checkpointing_reason": trainer.checkpointing.reason,
-        "micro_batch_reason": trainer.micro_batch.reason,
+        "checkpointing": trainer.plan.checkpointing.mode,
+        "checkpointing_reason": trainer.plan.checkpointing.reason,
+        "micro_batch_reason": trainer.plan.micro_batch.reason,
     }
 
 

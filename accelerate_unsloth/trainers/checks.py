@@ -1,0 +1,70 @@
+"""Mistakes of a launch, its arguments or its data that would show only later, or never."""
+
+from ..engines.loaded import choice
+
+# isort: split
+from accelerate.utils import DistributedType
+
+from ..data.prepare import check_not_empty
+from ..launch.topology import topology
+from .adapter import METRICS
+
+_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def check_launch(trainer) -> None:
+    """
+    Make sure that the launch is data parallel, and that accelerate knows of all processes.
+
+    Raises:
+        ValueError: if not.
+    """
+    launched, known = topology().world_size, trainer.accelerator.num_processes
+    if launched != known:
+        raise ValueError(
+            f"The launcher started {launched} processes, but accelerate knows of {known}: something built its state "
+            "too early, without knowing of the CPU. Make no PartialState() or Accelerator() before the trainer's "
+            "arguments, or pass cpu=True to it."
+        )
+    shards = getattr(trainer.args, "context_parallel_size", None) or 1
+    if shards > 1:
+        raise ValueError(
+            f"context_parallel_size={shards} splits each sample over GPUs in Unsloth's own way, and accelerate_unsloth "
+            "trains with plain data parallelism. Leave it out, or use unsloth and trl directly."
+        )
+    if trainer.accelerator.distributed_type not in _DATA_PARALLEL:
+        raise ValueError(
+            f"This launch uses {trainer.accelerator.distributed_type.value}, and accelerate_unsloth trains with plain "
+            "data parallelism. Launch with unsloth_ddp.yaml, or use trl's own trainer."
+        )
+
+
+def check_metric(trainer) -> None:
+    """Reject a best metric that no evaluation will log, which the Trainer finds out after the first one."""
+    metric = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
+    missing = choice.name == "unsloth" and trainer.compute_metrics is None and metric in METRICS
+    if missing and trainer.args.eval_strategy != "no":
+        raise ValueError(
+            f"metric_for_best_model={trainer.args.metric_for_best_model!r} is not logged with Unsloth, whose loss builds no "
+            "logits. Use 'eval_loss', or compute the metric in compute_metrics."
+        )
+
+
+def check_columns(dataset, split: str, text: str, formatting_func) -> None:
+    """
+    Make sure that TRL can find the text.
+
+    Raises:
+        ValueError: if no column holds it, or there are no rows.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list):
+        return
+    check_not_empty(dataset, split)
+    known = ({text}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"}, {"image"}, {"images"})
+    if formatting_func is None and not any(need <= set(columns) for need in known):
+        raise ValueError(
+            f"The {split} dataset has the columns {', '.join(map(repr, columns))}, and none of the forms that SFT "
+            f"reads: {text!r}, 'prompt' and 'completion', 'messages', or 'input_ids'. Rename a column, set "
+            "dataset_text_field, or pass formatting_func."
+        )

@@ -1,0 +1,189 @@
+"""
+One optimizer step of one rank: its micro-batches, and what became of them.
+
+Ranks do not meet inside a forward or backward, so a rank may split a micro-batch that does not fit, repeat it with
+recomputation, or leave a sample out, while the others only see a slower step. The loss of a micro-batch is a sum divided by
+the item count of the whole step, so two halves give the same gradient as the whole.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..data.loader import MicroBatch
+from ..memory import gpu_cache
+
+# Repeating a micro-batch takes a copy of the gradients before it: up to 1 GiB in float32.
+MAX_REPEATABLE_VALUES = 2**28
+
+
+@dataclass
+class Step:
+    """
+    State of one optimizer step on this rank.
+
+    Args:
+        micro_batches (`list[MicroBatch]`): All of them.
+        items (`torch.Tensor`): Items that the rank's mean loss is over (tokens, rows, pairs), a float64 scalar.
+        tokens (`int`): Tokens of the micro-batches.
+        loss (`torch.Tensor`): Sum of the losses so far, each divided by `items`, a float64 scalar.
+    """
+
+    micro_batches: list[MicroBatch]
+    items: torch.Tensor
+    tokens: int
+    loss: torch.Tensor
+    skipped_items: int = 0  # of samples that did not fit the memory
+    failed_tokens: int = 0  # of the last micro-batch that did not fit
+
+    @classmethod
+    def of(cls, micro_batches: list[MicroBatch], items: torch.Tensor | float, tokens: int, device) -> "Step":
+        """Begin a step."""
+        zero = torch.zeros((), device=device, dtype=torch.float64)
+        return cls(micro_batches, torch.as_tensor(items, device=device, dtype=torch.float64), tokens, zero)
+
+    @property
+    def samples(self) -> list[int]:
+        """Indices of all samples of the step on this rank."""
+        return [index for batch in self.micro_batches for index in batch.samples]
+
+    def leave_out_skipped(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Before the reduction: make loss and gradients a mean over the items that were learned from."""
+        if not self.skipped_items:
+            return
+        left = self.items - self.skipped_items
+        factor = self.items / left.clamp(min=1.0)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        self.loss *= factor
+        self.items, self.skipped_items = left, 0
+
+
+class Work(Protocol):
+    """What a step has to know of a trainer's loss; [`LossAdapter`] is that of TRL's trainers."""
+
+    def learn(self, inputs: Any, items: int, step: Step) -> torch.Tensor:
+        """Run forward and backward of a collated micro-batch; return its loss, divided by the items of the step."""
+
+    def collate(self, samples: Sequence[int]) -> Any:
+        """Return the collated micro-batch of samples of the training data."""
+
+    def items(self, inputs: Any) -> int:
+        """Return how many items the loss of a collated micro-batch is over."""
+
+    def tokens(self, inputs: Any) -> int:
+        """Return the tokens of a collated micro-batch."""
+
+    def length(self, sample: int) -> int:
+        """Return the tokens of a sample, for messages."""
+
+
+class StepRunner:
+    """
+    Runs micro-batches, and splits, repeats or skips what does not fit the memory.
+
+    Args:
+        work ([`Work`]): The loss.
+        parameters (`Iterable[torch.nn.Parameter]`): Parameters; those that are trained are looked up in each step.
+        on_oversized (`str`): The plugin's option: `"stop"` or `"skip"` a sample that does not fit alone.
+        fall_back (`Callable`): `fall_back(why) -> bool`: recompute activations from here on, if that is allowed.
+        may_fall_back (`Callable`): Whether it would be.
+        rank (`int`): This rank, for messages.
+
+    Attributes:
+        skipped_samples (`list[int]`): Samples that were left out.
+        fell_back (`bool`): Whether this rank recomputes since a sample did not fit; the planner resets it.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        parameters: Callable[[], Iterable[torch.nn.Parameter]],
+        on_oversized: str,
+        fall_back: Callable[[str], bool],
+        may_fall_back: Callable[[], bool],
+        rank: int = 0,
+    ):
+        self._work, self._parameters, self._on_oversized = work, parameters, on_oversized
+        self._fall_back, self._may_fall_back, self._rank = fall_back, may_fall_back, rank
+        self.skipped_samples: list[int] = []
+        self.fell_back = False
+        self._has_split = False
+
+    def run(self, step: Step, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """
+        Run some micro-batches of a step, add their losses to it, and return the sum of these.
+
+        Raises:
+            torch.OutOfMemoryError: if one does not fit and cannot be split: because it is a single sample that is not to be
+                skipped, because its samples are not known, or because the gradients are too large to be copied.
+        """
+        total = torch.zeros((), device=step.loss.device)
+        for batch in micro_batches:
+            if batch.items:  # nothing can be learned where every label is masked
+                total = total + self._learn(step, batch)
+        step.loss += total
+        return total
+
+    def _learn(self, step: Step, batch: MicroBatch) -> torch.Tensor:
+        trainable = [p for p in self._parameters() if p.requires_grad] if batch.samples else []
+        samples = batch.samples if sum(p.numel() for p in trainable) <= MAX_REPEATABLE_VALUES else []
+        # A backward that breaks off has already added to some gradients.
+        kept = [(p, None if p.grad is None else p.grad.clone()) for p in trainable] if samples else []
+        try:
+            return self._work.learn(batch.inputs, batch.items, step)
+        except torch.OutOfMemoryError as error:
+            stops = len(samples) == 1 and self._on_oversized == "stop" and not self._may_fall_back()
+            if not samples or stops:
+                raise self._explained(error, samples) from error
+        # Outside of the except block, whose traceback holds the activations.
+        step.failed_tokens = self._work.tokens(batch.inputs)
+        batch.inputs = {}
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+        gpu_cache.release()
+        if len(samples) > 1:
+            return self._split(step, samples)
+        if self._fall_back("a sample did not fit without it"):
+            self.fell_back = True
+            return self._learn(step, MicroBatch(self._work.collate(samples), batch.items, samples))
+        return self._skip(step, samples[0], batch.items)
+
+    def _split(self, step: Step, samples: list[int]) -> torch.Tensor:
+        self._say_once()
+        half, loss = len(samples) // 2, torch.zeros((), device=step.loss.device)
+        for part in (samples[:half], samples[half:]):
+            inputs = self._work.collate(part)
+            if items := self._work.items(inputs):
+                loss = loss + self._learn(step, MicroBatch(inputs, items, part))
+        return loss
+
+    def _say_once(self) -> None:
+        """On whichever rank it is, so not through a logger, which other ranks mute."""
+        if not self._has_split:
+            self._has_split = True
+            print(f"[rank {self._rank}] a micro-batch did not fit the memory and is split in two.", file=sys.stderr)
+
+    def _skip(self, step: Step, sample: int, items: int) -> torch.Tensor:
+        length = self._work.length(sample)
+        print(
+            f"[rank {self._rank}] sample {sample}, of {length} tokens, does not fit the memory and is left out of this step.",
+            file=sys.stderr,
+        )
+        self.skipped_samples.append(sample)
+        step.skipped_items += items
+        return torch.zeros((), device=step.loss.device)
+
+    def _explained(self, error: torch.OutOfMemoryError, samples: list[int]) -> torch.OutOfMemoryError:
+        what, remedy = "a micro-batch", "or a smaller per_device_train_batch_size"
+        if samples:
+            what = f"sample {samples[0]} alone, of {self._work.length(samples[0])} tokens,"
+            remedy = "or set on_oversized='skip' to leave such samples out"
+        return torch.OutOfMemoryError(
+            f"On rank {self._rank} {what} does not fit the memory ({error}). Use gradient checkpointing, a smaller "
+            f"max_length or 4-bit weights, {remedy}."
+        )
