@@ -155,7 +155,7 @@ class ConfigManager:
 
         ```python
         >>> from accelerate_unsloth import ConfigManager
-        >>> len(ConfigManager().validate({"num_gpu": 4, "ddp_backend": "mpi"}))
+        >>> len(ConfigManager().validate({"num_gpu": 4, "batch_size_per_gpu": 0}))
         2
         ```
         """

@@ -30,7 +30,7 @@ def plain_plugin(**options: Any) -> UnslothPlugin:
 def cpu_dry_run() -> ExplainedConfig:
     """Two CPU processes, to see a script run before it costs GPU time."""
     return ExplainedConfig(
-        {"num_gpus": 2, "ddp_backend": "gloo", "plugin": plain_plugin(engine="reference")},
+        {"num_gpus": 2, "plugin": plain_plugin(engine="reference")},
         {
             "processes": "2 on the CPU, as `accelerate-unsloth config path unsloth_ddp_cpu` launches them",
             "engine": "transformers and PEFT, because Unsloth's kernels need a GPU",

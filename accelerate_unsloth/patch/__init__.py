@@ -1,27 +1,31 @@
 """
-Scripts that stay as they are: one line in front of them, and Unsloth's loaders and TRL's trainer are ours.
+Unmodified scripts on several GPUs: one call in front replaces Unsloth's loaders and TRL's trainer in memory.
 
     import accelerate_unsloth
     accelerate_unsloth.enable_multi_gpu()
     from unsloth import FastLanguageModel
     from trl import SFTTrainer
 
-The same classes as with the explicit imports are put in place, in memory and through the ledger, so that
-`disable_multi_gpu()` can take them out again.
+The replacements are the classes of the explicit imports. Each goes through the patch log, so `disable_multi_gpu()` can
+remove it again.
 """
 
 import os
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..engines import environment
 from ..launch import command
-from ..launch.topology import topology
+from ..launch.topology import topology, uses_cpu
 from ..patches import Patch, ledger
 from ..plugin import PREFIX, UnslothPlugin
 from ..reliability import failures
-from . import status
-from .options import BackendChoice, Options, resolve_backend
+
+# Accepted so that existing calls keep working, with their defaults. Gradients are not reduced by
+# DistributedDataParallel, the launch decides the backend, and memory is planned from what each GPU has.
+WITHOUT_EFFECT = {"ddp_backend": "nccl", "enable_memory_optimization": True, "find_unused_parameters": None}
 
 # Options that are read from the environment when the engine is loaded, before any trainer sees a plugin.
 _READ_AT_LOADING = ("engine", "log_on_each_rank")
@@ -29,9 +33,8 @@ _READ_AT_LOADING = ("engine", "log_on_each_rank")
 
 @dataclass(frozen=True)
 class _Active:
-    options: Options
+    options: dict[str, Any]
     plugin: UnslothPlugin
-    backend: BackendChoice
     patches: list[Patch]
 
 
@@ -39,16 +42,16 @@ _active: _Active | None = None
 
 
 class Enabled:
-    """What [`enable_multi_gpu`] returns: as a context manager it disables again what that call enabled."""
+    """What [`enable_multi_gpu`] returns. As a context manager it disables what that call enabled."""
 
-    def __init__(self, made_it: bool):
-        self._made_it = made_it
+    def __init__(self, by_this_call: bool):
+        self._by_this_call = by_this_call
 
     def __enter__(self) -> "Enabled":
         return self
 
     def __exit__(self, *error) -> None:
-        if self._made_it:
+        if self._by_this_call:
             disable_multi_gpu()
 
 
@@ -62,34 +65,31 @@ def enable_multi_gpu(
     plugin: UnslothPlugin | None = None,
 ) -> Enabled:
     """
-    Let the rest of an Unsloth script run on all processes of this launch. Call it before importing unsloth and trl.
+    Run the rest of an Unsloth script on all processes of this launch. Call it before importing unsloth and trl.
 
     Args:
         num_gpus (`int`, *optional*):
-            Processes that the script wants, on all machines. Nothing is started: a process without a launcher ends
-            with exit status 2 and the command to type. By default any launch is taken as it is.
+            Number of processes that the script needs, on all nodes. Nothing is started: a process without a launcher
+            ends with exit status 2 and the command to run. By default any launch is accepted.
         batch_size_per_gpu (`int`, *optional*):
-            Wins over the script's `per_device_train_batch_size`.
+            Overrides the script's `per_device_train_batch_size`.
         ddp_backend (`str`, *optional*, defaults to `"nccl"`):
-            `"nccl"` or `"gloo"`, for the process group, unless the script's own arguments name one. On a CPU it is
-            `"gloo"`, and the status says so.
+            Has no effect: NCCL is used on GPUs and Gloo on CPUs.
         enable_memory_optimization (`bool`, *optional*, defaults to `True`):
-            `True` leaves on what saves memory by default: expandable segments in the CUDA allocator of the Unsloth
-            engine, and gradients that are views of DDP's buckets under `gradient_sync="overlapped"`. `False` turns
-            both off, except for an allocator that the environment configures.
+            Has no effect: memory is always planned.
         enable_gradient_checkpointing (`bool`, *optional*):
-            Wins over the script's choice, in the loading calls and in the trainer's arguments.
+            Overrides the script's choice, in the loading calls and in the trainer's arguments.
         find_unused_parameters (`bool`, *optional*):
-            The plugin's option of that name, and wins over it.
+            Has no effect: parameters without a gradient need no search.
         plugin ([`UnslothPlugin`], *optional*):
-            All other options; by default those of the environment. A trainer's own `plugin=` wins.
+            All other options; by default those of the environment. A trainer's own `plugin=` takes precedence.
 
     Returns:
         [`Enabled`]: for `with`, which restores everything at its end, also after an error.
 
     Raises:
-        ValueError: for an unknown value, a launch of another size, or fewer visible GPUs than asked for.
-        RuntimeError: if it is enabled with other options already, or the script has imported unsloth or trl before.
+        ValueError: for an invalid value, a launch of another size, or fewer visible GPUs than requested.
+        RuntimeError: if it is already enabled with other options, or the script has already imported unsloth or trl.
         SystemExit: with status 2, if `num_gpus` needs a launcher and none started this process.
 
     Example:
@@ -103,30 +103,33 @@ def enable_multi_gpu(
     ```
     """
     failures.install()  # an error in here is an error of every rank
-    options = Options(
-        num_gpus=num_gpus,
-        batch_size_per_gpu=batch_size_per_gpu,
+    options = {
+        "num_gpus": num_gpus,
+        "batch_size_per_gpu": batch_size_per_gpu,
+        "enable_gradient_checkpointing": enable_gradient_checkpointing,
+        "plugin": plugin,
+    }
+    if problems := find_problems(options):
+        raise ValueError(" ".join(problems))
+    if _active is not None:
+        _reject_other_options(options)
+        return Enabled(by_this_call=False)
+    _warn_without_effect(
         ddp_backend=ddp_backend,
         enable_memory_optimization=enable_memory_optimization,
-        enable_gradient_checkpointing=enable_gradient_checkpointing,
         find_unused_parameters=find_unused_parameters,
-        plugin=plugin,
     )
-    if _active is not None:
-        _refuse_other_options(options)
-        return Enabled(made_it=False)
-    command.require(options.num_gpus, status.visible_gpus())
+    command.require(num_gpus, _visible_gpus())
     _enable(options)
-    return Enabled(made_it=True)
+    return Enabled(by_this_call=True)
 
 
 def disable_multi_gpu() -> None:
     """
-    Put back every attribute that [`enable_multi_gpu`] replaced; without it, do nothing.
+    Restore every attribute that [`enable_multi_gpu`] replaced. Without it, do nothing.
 
-    The engine stays loaded, and with it what the engine itself has patched (see `get_multi_gpu_status()`): the report
-    of errors once per launch, and caches on this rank's GPU only. Names that a script has imported meanwhile stay what
-    they are.
+    The engine stays loaded, with what it has patched itself (see `get_multi_gpu_status()`). Names that a script has
+    already imported keep their values.
 
     Example:
 
@@ -144,28 +147,27 @@ def disable_multi_gpu() -> None:
 
 
 def is_multi_gpu_enabled() -> bool:
-    """Whether [`enable_multi_gpu`] is in force."""
+    """Return whether [`enable_multi_gpu`] is in effect."""
     return _active is not None
 
 
 def get_active_config() -> dict[str, Any] | None:
     """
-    The options in force, as `enable_multi_gpu(**config)` takes them.
+    Return the options in effect, as `enable_multi_gpu(**config)` takes them.
 
     Returns:
         `dict[str, Any]`, or `None` if it is not enabled.
     """
-    return None if _active is None else _active.options.as_arguments()
+    return None if _active is None else dict(_active.options)
 
 
 def get_multi_gpu_status() -> dict[str, Any]:
     """
-    Where this process stands, and what is changed in memory.
+    Describe this process and what is changed in memory.
 
     Returns:
         `dict[str, Any]`: `enabled`, `world_size`, `rank`, `device` of this rank, `visible_devices`, and `patches`: each
-        patched attribute with the name of its original. While enabled also `engine`, `ddp_backend`, both with their
-        reasons, and `plugin`.
+        patched attribute with the name of its original. While enabled also `engine` with its reason, and `plugin`.
 
     Example:
 
@@ -175,45 +177,102 @@ def get_multi_gpu_status() -> dict[str, Any]:
     False
     ```
     """
-    described = {"enabled": _active is not None} | status.place() | {"patches": status.patches()}
+    here, devices = topology(), [f"cuda:{index}" for index in range(_visible_gpus())] or ["cpu"]
+    status = {
+        "enabled": _active is not None,
+        "world_size": here.world_size,
+        "rank": here.rank,
+        "device": devices[here.local_rank if here.local_rank < len(devices) else 0],
+        "visible_devices": devices,
+        "patches": [_describe(patch) for patch in ledger.patches],
+    }
     if _active is not None:
-        described |= status.decisions(_active.plugin, _active.backend)
-    return described
+        from ..engines.loaded import choice
+
+        status |= {"engine": asdict(choice), "plugin": asdict(_active.plugin)}
+    return status
 
 
-def _refuse_other_options(options: Options) -> None:
-    now, asked = _active.options.as_arguments(), options.as_arguments()
-    differences = [f"{name}={asked[name]!r} instead of {now[name]!r}" for name in now if asked[name] != now[name]]
+def find_problems(options: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with options of [`enable_multi_gpu`], each with its fix."""
+    problems = []
+    for name in ("num_gpus", "batch_size_per_gpu"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            problems.append(f"{name}={value!r} is not a whole number of at least 1. Give one, or leave it out.")
+    checkpointing, plugin = options.get("enable_gradient_checkpointing"), options.get("plugin")
+    if checkpointing is not None and not isinstance(checkpointing, bool):
+        problems.append(f"enable_gradient_checkpointing={checkpointing!r} is unknown; use True, False or None.")
+    if plugin is not None and not isinstance(plugin, UnslothPlugin):
+        problems.append(f"plugin={plugin!r} is a {type(plugin).__name__}; pass an accelerate_unsloth.UnslothPlugin.")
+    elif plugin is not None and (checkpointing, plugin.gradient_checkpointing) in ((True, "none"), (False, "unsloth")):
+        problems.append(
+            f"enable_gradient_checkpointing={checkpointing} contradicts the plugin's gradient_checkpointing="
+            f"{plugin.gradient_checkpointing!r}. Leave one of them out."
+        )
+    return problems
+
+
+def _warn_without_effect(**options) -> None:
+    ignored = [f"{name}={value!r}" for name, value in options.items() if value != WITHOUT_EFFECT[name]]
+    if ignored and topology().is_main:
+        warnings.warn(
+            f"enable_multi_gpu() accepts {', '.join(ignored)}, which has no effect here. Leave it out.", stacklevel=3
+        )
+
+
+def _reject_other_options(options: dict[str, Any]) -> None:
+    active = _active.options
+    differences = [
+        f"{name}={options[name]!r} instead of {active[name]!r}" for name in options if options[name] != active[name]
+    ]
     if differences:
         raise RuntimeError(
-            f"enable_multi_gpu() is in force already, and this call asks for {', '.join(differences)}. Call "
+            f"enable_multi_gpu() is already in effect, and this call asks for {', '.join(differences)}. Call "
             "disable_multi_gpu() first, or give all options in one call."
         )
 
 
-def _environment(options: Options, plugin: UnslothPlugin) -> dict[str, str]:
-    """Variables that the engine reads when it is loaded."""
-    variables = {}
-    if options.plugin is not None:
-        variables = {PREFIX + name.upper(): str(getattr(plugin, name)) for name in _READ_AT_LOADING}
-    if not options.enable_memory_optimization and not environment.allocator_is_configured():
-        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
-    return variables
-
-
-def _enable(options: Options) -> None:
-    """Load the engine and install the patches: all of them, or none."""
+def _enable(options: dict[str, Any]) -> None:
+    """Load the engine and install all patches; after an error, none."""
     global _active
-    plugin, patches = options.resolve_plugin(), []
+    plugin, patches = options["plugin"] or UnslothPlugin(), []
+    if options["enable_gradient_checkpointing"] and plugin.gradient_checkpointing == "auto":
+        plugin = replace(plugin, gradient_checkpointing="unsloth")
     try:
-        for name, value in _environment(options, plugin).items():
-            patches.append(ledger.patch(os.environ, name, value))
+        read_at_loading = _READ_AT_LOADING if options["plugin"] else ()
+        patches += [
+            ledger.patch(os.environ, PREFIX + name.upper(), str(getattr(plugin, name))) for name in read_at_loading
+        ]
         from . import points  # loads the engine
 
-        on_cpu = status.visible_gpus() == 0
-        backend = resolve_backend(options.ddp_backend, topology().world_size, on_cpu)
-        points.install(options, plugin, backend, on_cpu, patches)
+        points.install(options, plugin, on_cpu=_visible_gpus() == 0, patches=patches)
     except BaseException:
         ledger.undo(patches)
         raise
-    _active = _Active(options, plugin, backend, patches)
+    _active = _Active(options, plugin, patches)
+
+
+def _visible_gpus() -> int:
+    """Return how many GPUs this process may use: none in a launch on the CPU."""
+    import torch
+
+    return 0 if uses_cpu() else torch.cuda.device_count()
+
+
+def _describe(patch: Patch) -> dict[str, str]:
+    return {
+        "patched": f"{_name(patch.owner)}.{patch.name}",
+        "original": _name(patch.original) if patch.had_original else "absent",
+        "now": _name(patch.replacement),
+    }
+
+
+def _name(thing: Any) -> str:
+    thing = getattr(thing, "__func__", thing)  # a static method
+    if thing is sys.modules or thing is os.environ:
+        return "sys.modules" if thing is sys.modules else "os.environ"
+    if isinstance(thing, type(sys)):
+        is_stand_in = thing.__name__ == "unsloth" and thing.__spec__.loader is None
+        return f"unsloth, a stand-in made in {thing.__spec__.origin}" if is_stand_in else thing.__name__
+    return f"{thing.__module__}.{thing.__qualname__}" if hasattr(thing, "__qualname__") else repr(thing)

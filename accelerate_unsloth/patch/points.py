@@ -1,40 +1,40 @@
-"""What of Unsloth, TRL and transformers is replaced in memory, each through the ledger."""
+"""What is replaced in Unsloth, TRL and transformers, all in memory and through the patch log."""
 
 import functools
 import sys
+from dataclasses import fields
+from typing import Any
 
 from ..engines.loaded import LOADERS, choice
 
 # isort: split
-import transformers
 import trl.trainer.sft_trainer
+from transformers import TrainingArguments
+from trl import SFTConfig
 
 from ..launch.topology import topology
 from ..patches import Patch, ledger
 from ..trainers.sft import SFTTrainer
-from .old_spellings import SFTConfig, to_installed_trl
-from .options import BackendChoice, Options
 
 # A script may take the trainer from any of them.
 _HOMES_OF_TRAINER = (trl, trl.trainer, trl.trainer.sft_trainer)
-_named: set[str] = set()
+_RENAMED = {"max_seq_length": "max_length"}
 
 
-def install(options: Options, plugin, backend: BackendChoice, on_cpu: bool, patches: list[Patch]) -> None:
+def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch]) -> None:
     """
     Replace everything that an unmodified script calls.
 
     Args:
-        options ([`Options`]): The user's.
+        options (`dict[str, Any]`): Checked options of `enable_multi_gpu`.
         plugin ([`UnslothPlugin`]): For trainers that are not given one.
-        backend ([`BackendChoice`]): Of the process group.
-        on_cpu (`bool`): Whether this launch stays on the CPU.
+        on_cpu (`bool`): Whether this launch uses the CPU.
         patches (`list[Patch]`): Takes each patch as soon as it is made, so that a failure can be undone.
 
     Raises:
         RuntimeError: if the script already holds one of the originals.
     """
-    refuse_late_call()
+    _check_call_is_early()
 
     def patch(owner, name, replacement):
         patches.append(ledger.patch(owner, name, replacement))
@@ -48,33 +48,29 @@ def install(options: Options, plugin, backend: BackendChoice, on_cpu: bool, patc
             patch(sys.modules["unsloth"], name, loader)
     for home in _HOMES_OF_TRAINER:
         patch(home, "SFTTrainer", SFTTrainer)
-    patch(SFTTrainer, "__init__", trainer_init(SFTTrainer.__init__, plugin))
-    patch(transformers.TrainingArguments, "__post_init__", arguments_post_init(options, backend, on_cpu))
-    if options.enable_gradient_checkpointing is not None:
+    patch(SFTTrainer, "__init__", _trainer_init(SFTTrainer.__init__, plugin))
+    patch(TrainingArguments, "__post_init__", _arguments_post_init(options, on_cpu))
+    if options["enable_gradient_checkpointing"] is not None:
         for loader in set(LOADERS.values()):
             for name in ("from_pretrained", "get_peft_model"):
-                wanted = with_checkpointing(getattr(loader, name), options.enable_gradient_checkpointing)
-                patch(loader, name, staticmethod(wanted))
+                call = _with_checkpointing(getattr(loader, name), options["enable_gradient_checkpointing"])
+                patch(loader, name, staticmethod(call))
 
 
-def refuse_late_call() -> None:
-    """
-    Raises:
-        RuntimeError: if the script imported something before it could be replaced.
-    """
+def _check_call_is_early() -> None:
     unsloth = sys.modules.get("unsloth")
     originals = {id(home.SFTTrainer): "trl.SFTTrainer" for home in _HOMES_OF_TRAINER}
     originals |= {id(getattr(unsloth, name)): f"unsloth.{name}" for name in LOADERS if hasattr(unsloth, name)}
     for name, value in vars(sys.modules["__main__"]).items():
         if id(value) in originals:
             raise RuntimeError(
-                f"enable_multi_gpu() comes too late: the script holds {originals[id(value)]} as {name!r} already, and "
-                "would go on using it. Call enable_multi_gpu() in the first line, before importing unsloth and trl."
+                f"enable_multi_gpu() is called too late: the script has already imported {originals[id(value)]} as "
+                f"{name!r} and would keep using it. Call enable_multi_gpu() before importing unsloth and trl."
             )
 
 
-def trainer_init(init, plugin):
-    """`SFTTrainer.__init__` that takes `plugin` where none is given, and keywords in their old spellings."""
+def _trainer_init(init, plugin):
+    """Return `SFTTrainer.__init__` with a default `plugin` and support for old keywords."""
 
     @functools.wraps(init, assigned=("__doc__",))
     def patched_init(self, model=None, args=None, *rest, **keywords):
@@ -82,51 +78,85 @@ def trainer_init(init, plugin):
             keywords["plugin"] = plugin
         if choice.name == "reference" or (args is not None and not isinstance(args, SFTConfig)):
             args, keywords = to_installed_trl(args, keywords)
-        # Unsloth reads old spellings only beside a keyword `args`, which the trainer's own __init__ sees to.
+        # Unsloth reads old keywords only beside a keyword `args`, which the trainer's own __init__ takes care of.
         init(self, model, args, *rest, **keywords)
 
     return patched_init
 
 
-def arguments_post_init(options: Options, backend: BackendChoice, on_cpu: bool):
-    """`TrainingArguments.__post_init__` that sets what was asked for before anything is derived from it."""
-    original = transformers.TrainingArguments.__post_init__
+def to_installed_trl(args: TrainingArguments | None, keywords: dict[str, Any]):
+    """
+    Move keywords that `SFTTrainer` once took into the configuration, under their current names.
+
+    A keyword overrides the same option of `args`. Unknown keywords are left for TRL to reject. The reference engine's
+    trainer is TRL's and rejects old keywords. Unsloth translates them, but beside plain `TrainingArguments` TRL then drops
+    what Unsloth has set, such as a `dataset_text_field` (unsloth 2026.10.6, `_backwards_compatible_trainer` in trainer.py;
+    trl 1.15.0, `SFTTrainer.__init__`). Delete that use when one of them fixes it.
+
+    Returns:
+        `tuple[SFTConfig | None, dict[str, Any]]`: an `SFTConfig` given as `args`, changed in place, or a new one made from
+        plain `TrainingArguments`; and the remaining keywords.
+
+    Example:
+
+    ```python
+    >>> from transformers import TrainingArguments
+    >>> from accelerate_unsloth.patch.points import to_installed_trl
+    >>> args, left = to_installed_trl(TrainingArguments("out", use_cpu=True), {"max_seq_length": 64, "model": None})
+    >>> args.max_length, left
+    (64, {'model': None})
+    ```
+    """
+    options = {field.name for field in fields(SFTConfig) if field.init}
+    # Unsloth's SFTConfig still has the old names.
+    renamed = {old: new for old, new in _RENAMED.items() if old not in options}
+    moved = {renamed.get(name, name): value for name, value in keywords.items() if name in options | _RENAMED.keys()}
+    left = {name: value for name, value in keywords.items() if name not in options | _RENAMED.keys()}
+    if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
+        # Field by field: `to_dict` would hide tokens and turn enums into text.
+        given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+        return SFTConfig(**given | moved), left
+    if args is None and moved:
+        return SFTConfig(**moved), left
+    for name, value in moved.items():
+        setattr(args, name, value)
+    return args, left
+
+
+def _arguments_post_init(options: dict[str, Any], on_cpu: bool):
+    """Return `TrainingArguments.__post_init__` that first sets what the options and the launch require."""
+    original, named = TrainingArguments.__post_init__, set()
 
     @functools.wraps(original, assigned=("__doc__",))
     def patched_post_init(self):
-        if options.batch_size_per_gpu is not None:
-            self.per_device_train_batch_size = options.batch_size_per_gpu
-        if options.enable_gradient_checkpointing is not None:
-            self.gradient_checkpointing = options.enable_gradient_checkpointing
-        if on_cpu:  # a script written for GPUs does not say so, and bf16=True would be refused without it
+        if options["batch_size_per_gpu"] is not None:
+            self.per_device_train_batch_size = options["batch_size_per_gpu"]
+        if options["enable_gradient_checkpointing"] is not None:
+            self.gradient_checkpointing = options["enable_gradient_checkpointing"]
+        if on_cpu:  # a script written for GPUs does not say so, and bf16=True would be rejected without it
             self.use_cpu = True
-        if backend.name != "none" and (on_cpu or self.ddp_backend is None):
-            self.ddp_backend = backend.name
+            if topology().world_size > 1:
+                self.ddp_backend = "gloo"
         original(self)
-        _name_other_trainers(type(self).__name__)
+        trainer = f"{type(self).__name__.removeprefix('Unsloth').removesuffix('Config')}Trainer"
+        if trainer != "SFTTrainer" and trainer in trl.__all__ and topology().is_main and trainer not in named:
+            named.add(trainer)
+            print(
+                f"accelerate_unsloth: {trainer} is TRL's own and trains with DistributedDataParallel; only SFTTrainer is "
+                "replaced by enable_multi_gpu()."
+            )
 
     return patched_post_init
 
 
-def _name_other_trainers(arguments: str) -> None:
-    """Say once that a trainer is TRL's own, from the class of its arguments."""
-    trainer = f"{arguments.removeprefix('Unsloth').removesuffix('Config')}Trainer"
-    if trainer != "SFTTrainer" and trainer in trl.__all__ and topology().is_main and trainer not in _named:
-        _named.add(trainer)
-        print(
-            f"accelerate_unsloth: {trainer} stays trl's own and trains under DistributedDataParallel; what enable_multi_gpu() "
-            "brings, SFTTrainer has."
-        )
-
-
-def with_checkpointing(call, wanted: bool):
-    """A loading call that checkpoints activations or does not, whatever the script says."""
+def _with_checkpointing(call, wanted: bool):
+    """Return a loading call with gradient checkpointing on or off, whatever the script says."""
 
     @functools.wraps(call, assigned=("__doc__",))
     def patched_call(*args, **keywords):
-        chosen = keywords.get("use_gradient_checkpointing")
-        # Which kind of checkpointing is the script's to say; "unsloth" is the default of both calls.
-        keywords["use_gradient_checkpointing"] = (chosen or "unsloth") if wanted else False
+        # The script chooses the kind of checkpointing; "unsloth" is the default of both calls.
+        chosen = keywords.get("use_gradient_checkpointing") or "unsloth"
+        keywords["use_gradient_checkpointing"] = chosen if wanted else False
         return call(*args, **keywords)
 
     return patched_call

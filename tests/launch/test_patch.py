@@ -9,7 +9,6 @@ import pytest
 import accelerate_unsloth
 from accelerate_unsloth import UnslothPlugin
 from accelerate_unsloth.launch.command import check_launch
-from accelerate_unsloth.patch.options import Options, resolve_backend
 from accelerate_unsloth.patches import Ledger
 
 from ..launching import ROOT, WORKERS, clean_environment, configs
@@ -36,7 +35,7 @@ def patched_things():
         id(vars(transformers.TrainingArguments)["__post_init__"]),
         *(id(vars(FastLanguageModel)[name]) for name in ("from_pretrained", "get_peft_model")),
         id(sys.modules["unsloth"]) if "unsloth" in sys.modules else None,
-        *(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "ACCELERATE_UNSLOTH_LOG_ON_EACH_RANK")),
+        os.environ.get("ACCELERATE_UNSLOTH_LOG_ON_EACH_RANK"),
         id(sys.excepthook),
     ]
 
@@ -44,10 +43,8 @@ def patched_things():
 ALL_OPTIONS = {
     "num_gpus": 1,
     "batch_size_per_gpu": 3,
-    "enable_memory_optimization": False,
     "enable_gradient_checkpointing": True,
-    "find_unused_parameters": True,
-    "plugin": UnslothPlugin(bucket_cap_mb=7),
+    "plugin": UnslothPlugin(memory_fraction=0.5),
 }
 
 
@@ -80,7 +77,7 @@ def test_disabling_restores_every_attribute():
     before = patched_things()
     accelerate_unsloth.enable_multi_gpu(**ALL_OPTIONS)
     during = patched_things()
-    assert [one is other or one == other for one, other in zip(before, during, strict=True)] == [False] * 10 + [True]
+    assert [one is other or one == other for one, other in zip(before, during, strict=True)] == [False] * 9 + [True]
     accelerate_unsloth.disable_multi_gpu()
     assert patched_things() == before
     assert not accelerate_unsloth.is_multi_gpu_enabled()
@@ -108,7 +105,7 @@ def test_a_failure_while_enabling_leaves_nothing_behind(monkeypatch):
     import trl
 
     monkeypatch.setattr(sys.modules["__main__"], "Trainer", trl.SFTTrainer, raising=False)
-    with pytest.raises(RuntimeError, match=r"comes too late: the script holds trl.SFTTrainer as 'Trainer'"):
+    with pytest.raises(RuntimeError, match=r"the script has already imported trl.SFTTrainer as 'Trainer'"):
         accelerate_unsloth.enable_multi_gpu(**ALL_OPTIONS)
     assert patched_things() == before
     assert not accelerate_unsloth.is_multi_gpu_enabled()
@@ -137,22 +134,16 @@ def test_the_status_names_each_patch_and_its_original():
     assert patches["sys.modules.unsloth"]["now"].startswith("unsloth, a stand-in made in ")
     assert status["enabled"] is True
     assert status["engine"]["name"] == "reference"
-    assert status["ddp_backend"] == {"name": "none", "reason": "one process"}
     assert (status["world_size"], status["rank"], status["device"]) == (1, 0, "cpu")
 
 
 def test_the_active_configuration_can_be_passed_again():
     accelerate_unsloth.enable_multi_gpu(**ALL_OPTIONS)
     config = accelerate_unsloth.get_active_config()
-    assert config == ALL_OPTIONS | {"ddp_backend": "nccl"}
+    assert config == ALL_OPTIONS
     accelerate_unsloth.disable_multi_gpu()
     accelerate_unsloth.enable_multi_gpu(**config)
-    plugin = accelerate_unsloth.get_multi_gpu_status()["plugin"]
-    assert (plugin["bucket_cap_mb"], plugin["find_unused_parameters"], plugin["gradient_as_bucket_view"]) == (
-        7,
-        True,
-        False,
-    )
+    assert accelerate_unsloth.get_multi_gpu_status()["plugin"]["memory_fraction"] == 0.5
 
 
 def test_the_status_before_enabling():
@@ -165,7 +156,7 @@ def test_the_status_before_enabling():
 @pytest.mark.parametrize(("wanted", "script", "found"), [(False, "unsloth", False), (True, False, True)])
 def test_checkpointing_of_the_call_wins_over_the_scripts(wanted, script, found, tiny_model, uneven_data, tmp_path):
     accelerate_unsloth.enable_multi_gpu(
-        enable_gradient_checkpointing=wanted, batch_size_per_gpu=3, plugin=UnslothPlugin(bucket_cap_mb=7)
+        enable_gradient_checkpointing=wanted, batch_size_per_gpu=3, plugin=UnslothPlugin(memory_fraction=0.5)
     )
     import datasets
     from transformers import TrainingArguments
@@ -182,7 +173,7 @@ def test_checkpointing_of_the_call_wins_over_the_scripts(wanted, script, found, 
     assert trainer.args.max_length == 16
     assert trainer.args.seed == 11
     assert trainer.args.output_dir == str(tmp_path)
-    assert trainer.plugin.bucket_cap_mb == 7
+    assert trainer.plugin.memory_fraction == 0.5
     assert max(len(ids) for ids in trainer.train_dataset["input_ids"]) == 16
 
 
@@ -212,21 +203,28 @@ def test_what_the_stand_in_lacks_is_refused_with_words():
     [
         ({"num_gpus": 0}, "num_gpus=0 is not a whole number of at least 1"),
         ({"batch_size_per_gpu": "4"}, "batch_size_per_gpu='4' is not a whole number"),
-        ({"ddp_backend": "ncll"}, "ddp_backend='ncll' is not known; choose one of nccl, gloo"),
-        ({"enable_memory_optimization": None}, "enable_memory_optimization=None is not known; use True or False"),
         ({"enable_gradient_checkpointing": "unsloth"}, "use True, False or None"),
-        ({"plugin": {"bucket_cap_mb": 7}}, "is a dict; pass an accelerate_unsloth.UnslothPlugin"),
+        ({"plugin": {"memory_fraction": 0.5}}, "is a dict; pass an accelerate_unsloth.UnslothPlugin"),
     ],
 )
-def test_an_unknown_value_is_refused(options, message):
+def test_an_unknown_value_is_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         accelerate_unsloth.enable_multi_gpu(**options)
 
 
-def test_an_allocator_that_the_user_configured_is_left_alone(monkeypatch):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    accelerate_unsloth.enable_multi_gpu(enable_memory_optimization=False)
-    assert "PYTORCH_ALLOC_CONF" not in os.environ
+def test_options_without_effect_are_accepted_with_one_warning():
+    options = {"ddp_backend": "gloo", "enable_memory_optimization": False, "find_unused_parameters": True}
+    with pytest.warns(UserWarning, match="ddp_backend='gloo', enable_memory_optimization=False, find_un") as caught:
+        accelerate_unsloth.enable_multi_gpu(**options)
+        accelerate_unsloth.enable_multi_gpu(**options)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_a_contradiction_between_the_call_and_the_plugin_is_rejected():
+    plugin = UnslothPlugin(gradient_checkpointing="none")
+    with pytest.raises(ValueError, match="contradicts the plugin's gradient_checkpointing='none'"):
+        accelerate_unsloth.enable_multi_gpu(enable_gradient_checkpointing=True, plugin=plugin)
 
 
 def test_a_mapping_entry_can_be_undone_alone():
@@ -236,14 +234,6 @@ def test_a_mapping_entry_can_be_undone_alone():
     assert mapping == {"kept": 3}
     ledger.undo()
     assert mapping == {"kept": 1}
-
-
-@pytest.mark.parametrize(
-    ("requested", "world_size", "on_cpu", "name"),
-    [("nccl", 1, False, "none"), ("nccl", 2, True, "gloo"), ("nccl", 2, False, "nccl"), ("gloo", 2, False, "gloo")],
-)
-def test_the_backend(requested, world_size, on_cpu, name):
-    assert resolve_backend(requested, world_size, on_cpu).name == name
 
 
 # ---- Started without a launcher ----
@@ -326,7 +316,7 @@ def test_a_missing_script_is_named():
 
 def test_the_command_of_a_module_names_the_module(tmp_path):
     module = tmp_path / "job.py"
-    module.write_text("from accelerate_unsloth import launch_hint; print(launch_hint.command(2))\n")
+    module.write_text("from accelerate_unsloth.launch import command; print(command.command(2))\n")
     finished = run("-m", "job", "--x", environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert finished.stdout.endswith(" -m job --x\n"), finished.stderr
 
@@ -334,14 +324,14 @@ def test_the_command_of_a_module_names_the_module(tmp_path):
 @pytest.mark.launch
 def test_the_command_of_a_script_that_the_module_runs_names_both(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text("from accelerate_unsloth import launch_hint; print(launch_hint.command(2))\n")
+    script.write_text("from accelerate_unsloth.launch import command; print(command.command(2))\n")
     finished = run("-m", "accelerate_unsloth", script, "--x")
     assert finished.stdout.endswith(f" -m accelerate_unsloth {script} --x\n"), finished.stderr
 
 
 def test_the_command_of_a_script_that_another_module_runs_names_the_script(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text("from accelerate_unsloth import launch_hint; print(launch_hint.command(2))\n")
+    script.write_text("from accelerate_unsloth.launch import command; print(command.command(2))\n")
     finished = run("-m", "cProfile", "-o", tmp_path / "profile", script, "--x")
     assert f" {script} --x\n" in finished.stdout, finished.stderr
     assert "-m" not in finished.stdout
@@ -366,9 +356,9 @@ def test_trainers_that_stay_trls_own_are_named_once(capsys, tmp_path):
     with accelerate_unsloth.enable_multi_gpu():
         for kind in (SFTConfig, DPOConfig, DPOConfig):
             kind(str(tmp_path))
-    assert capsys.readouterr().out.count("stays trl's own") == 1
+    assert capsys.readouterr().out.count("DPOTrainer is TRL's own") == 1
     DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    assert "trl's own" not in capsys.readouterr().out
+    assert "TRL's own" not in capsys.readouterr().out
 
 
 def test_the_call_costs_nothing_before_it_is_made():
@@ -383,10 +373,6 @@ def test_the_scripts_of_the_proof_are_unmodified():
         assert "accelerate" not in "".join(rest)
 
 
-def test_options_are_compared_by_value():
-    assert Options(plugin=UnslothPlugin(bucket_cap_mb=7)) == Options(plugin=UnslothPlugin(bucket_cap_mb=7))
-
-
 def test_old_spellings_beside_plain_training_arguments_are_kept_as_unsloths_config_names_them(monkeypatch):
     """Unsloth's SFTConfig has `max_seq_length`; TRL would drop a text field that is only set on TrainingArguments."""
     from dataclasses import dataclass
@@ -394,14 +380,14 @@ def test_old_spellings_beside_plain_training_arguments_are_kept_as_unsloths_conf
     from transformers import TrainingArguments
     from trl import SFTConfig
 
-    from accelerate_unsloth.patch import old_spellings
+    from accelerate_unsloth.patch import points
 
     @dataclass
     class ConfigOfUnsloth(SFTConfig):
         max_seq_length: int | None = None
 
-    monkeypatch.setattr(old_spellings, "SFTConfig", ConfigOfUnsloth)
+    monkeypatch.setattr(points, "SFTConfig", ConfigOfUnsloth)
     keywords = {"max_seq_length": 64, "dataset_text_field": "summary", "tokenizer": "any"}
-    args, left = old_spellings.to_installed_trl(TrainingArguments("out", use_cpu=True, learning_rate=0.5), keywords)
+    args, left = points.to_installed_trl(TrainingArguments("out", use_cpu=True, learning_rate=0.5), keywords)
     assert (args.max_seq_length, args.dataset_text_field, args.learning_rate) == (64, "summary", 0.5)
     assert left == {"tokenizer": "any"}

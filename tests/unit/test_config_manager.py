@@ -91,8 +91,8 @@ def test_a_folder_a_config_and_a_shape_give_the_same_sizes(tiny_model):
 SHAPE_OF = """
 import json, sys
 from dataclasses import asdict
-from accelerate_unsloth import shapes
-shape = shapes.resolve(sys.argv[1]).shape
+from accelerate_unsloth.memory import model_sizes
+shape = model_sizes.resolve(sys.argv[1]).shape
 assert "transformers" not in sys.modules and "torch" not in sys.modules
 print(json.dumps(asdict(shape)))
 """
@@ -337,25 +337,14 @@ def test_templates_are_copies():
 # ---- Problems ----
 
 
-def test_every_problem_is_listed_with_its_remedy():
-    found = manager.validate(
-        {
-            "num_gpus": 0,
-            "batch_size": 3,
-            "ddp_backend": "mpi",
-            "enable_memory_optimization": None,
-            "learning_rate_of_all": 1,
-            "plugin": 4,
-        }
-    )
-    assert found == [
-        "num_gpus=0 is not a whole number of at least 1. Give one, or leave it out.",
+def test_every_problem_is_listed_with_its_fix():
+    config = {"num_gpus": 0, "batch_size": 3, "enable_gradient_checkpointing": "yes", "rate": 1, "plugin": 4}
+    assert manager.validate(config) == [
         "'batch_size' is not an option of enable_multi_gpu(). Did you mean batch_size_per_gpu?",
-        "ddp_backend='mpi' is not known; choose one of nccl, gloo.",
-        "enable_memory_optimization=None is not known; use True or False.",
-        "'learning_rate_of_all' is not an option of enable_multi_gpu(). Leave it out; known are num_gpus, "
-        "batch_size_per_gpu, ddp_backend, enable_memory_optimization, enable_gradient_checkpointing, "
-        "find_unused_parameters, plugin.",
+        "'rate' is not an option of enable_multi_gpu(). Leave it out; known are num_gpus, batch_size_per_gpu, ddp_backend, "
+        "enable_memory_optimization, enable_gradient_checkpointing, find_unused_parameters, plugin.",
+        "num_gpus=0 is not a whole number of at least 1. Give one, or leave it out.",
+        "enable_gradient_checkpointing='yes' is unknown; use True, False or None.",
         "plugin=4 is a int; pass an accelerate_unsloth.UnslothPlugin.",
     ]
 
@@ -364,54 +353,23 @@ def test_every_problem_is_listed_with_its_remedy():
     ("config", "problem"),
     [
         (
-            {"enable_gradient_checkpointing": True, "plugin": UnslothPlugin(gradient_checkpointing="none")},
-            "enable_gradient_checkpointing=True contradicts the plugin's gradient_checkpointing='none'",
-        ),
-        (
             {"enable_gradient_checkpointing": False, "plugin": UnslothPlugin(gradient_checkpointing="unsloth")},
             "enable_gradient_checkpointing=False contradicts",
-        ),
-        (
-            {"find_unused_parameters": True, "plugin": UnslothPlugin(find_unused_parameters=False)},
-            "find_unused_parameters=True contradicts the plugin's False",
         ),
         (
             {"plugin": UnslothPlugin(micro_batch="fixed", micro_batch_tokens=9)},
             "micro_batch_tokens=9 has no effect with micro_batch='fixed'",
         ),
-        (
-            {"plugin": UnslothPlugin(gradient_sync="overlapped", micro_batch_tokens=9)},
-            "micro_batch_tokens=9 has no effect with gradient_sync='overlapped'",
-        ),
-        (
-            {"plugin": UnslothPlugin(gradient_sync="after_backward", comm_hook="fp16", bucket_cap_mb=9)},
-            "bucket_cap_mb, comm_hook concern(s) DistributedDataParallel",
-        ),
-        (
-            {"find_unused_parameters": True, "plugin": UnslothPlugin(gradient_sync="after_backward")},
-            "find_unused_parameters concern(s)",
-        ),
+        ({}, None),
+        ({"enable_gradient_checkpointing": True, "plugin": UnslothPlugin(gradient_checkpointing="unsloth")}, None),
+        ({"enable_gradient_checkpointing": False, "plugin": UnslothPlugin()}, None),
+        ({"plugin": UnslothPlugin(micro_batch_tokens=9)}, None),
     ],
 )
-def test_options_that_would_have_no_effect_beside_others_are_found(config, problem):
-    (found,) = manager.validate(config)
-    assert found.startswith(problem)
-    assert "eave" in found.split(". ")[-1]
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"enable_gradient_checkpointing": True, "plugin": UnslothPlugin(gradient_checkpointing="unsloth")},
-        {"enable_gradient_checkpointing": False, "plugin": UnslothPlugin()},
-        {"find_unused_parameters": True, "plugin": UnslothPlugin(find_unused_parameters=True)},
-        {"plugin": UnslothPlugin(micro_batch_tokens=9, gradient_sync="after_backward")},
-        {"plugin": UnslothPlugin(comm_hook="fp16")},
-    ],
-)
-def test_options_that_go_together_are_no_problem(config):
-    assert manager.validate(config) == []
+def test_options_that_have_no_effect_beside_others_are_found(config, problem):
+    found = manager.validate(config)
+    assert len(found) == (problem is not None)
+    assert all(said.startswith(problem) for said in found)
 
 
 def test_a_plugin_that_was_changed_after_it_was_made_is_checked_again():
@@ -424,7 +382,7 @@ def test_a_plugin_that_was_changed_after_it_was_made_is_checked_again():
 
 def test_what_is_no_mapping_is_one_problem():
     assert manager.validate(["num_gpus"]) == [
-        "The options are a list; give a mapping of the names that enable_multi_gpu() takes."
+        "The options are a list; give a mapping of the options of enable_multi_gpu()."
     ]
 
 
@@ -493,8 +451,8 @@ def test_what_is_no_plain_mapping_is_refused(text, said, tmp_path):
 
 def test_a_wrong_configuration_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="cannot be saved") as caught:
-        manager.save({"num_gpus": 0, "ddp_backend": "mpi"}, tmp_path / "c.yaml")
-    assert "num_gpus=0" in str(caught.value) and "ddp_backend='mpi'" in str(caught.value)
+        manager.save({"num_gpus": 0, "num_gpu": 1}, tmp_path / "c.yaml")
+    assert "num_gpus=0" in str(caught.value) and "'num_gpu' is not" in str(caught.value)
     assert not (tmp_path / "c.yaml").exists()
 
 
