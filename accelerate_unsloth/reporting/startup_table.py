@@ -9,15 +9,15 @@ _VERSIONS = ("unsloth", "trl", "transformers", "accelerate", "peft", "torch")
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that a result depends on."""
+    """Return the versions of the libraries that a result depends on."""
     return {name: version(name) for name in _VERSIONS}
 
 
 def rows(trainer, engine) -> list[tuple[str, str, str]]:
-    """Subject, decision and reason of each line."""
+    """Return subject, decision and reason of each line."""
     args, world_size = trainer.args, trainer.accelerator.num_processes
     parameters = list(trainer.model.parameters())
-    trainable, every = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    trainable, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
     micro_batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     return [
         ("engine", engine.name, engine.reason),
@@ -33,36 +33,39 @@ def rows(trainer, engine) -> list[tuple[str, str, str]]:
         ("micro-batches", trainer.micro_batch.mode, trainer.micro_batch.reason),
         ("recompute", trainer.checkpointing.mode, trainer.checkpointing.reason),
         ("attention", trainer.attention.backend, trainer.attention.reason),
-        ("trainable", f"{trainable:,}", f"of {every:,} parameters ({100 * trainable / max(every, 1):.2f}%)"),
+        ("trainable", f"{trainable:,}", f"of {total:,} parameters ({100 * trainable / max(total, 1):.2f}%)"),
         ("versions", "", ", ".join(f"{name} {number}" for name, number in versions().items())),
     ]
 
 
 def _loss_reason(trainer) -> str:
     if trainer.loss is None:
-        return "of all ranks and micro-batches; how the custom loss uses num_items_in_batch is tried in the first step"
+        return "of all ranks and micro-batches; the first step finds out how the custom loss uses num_items_in_batch"
     if trainer.token_mean_was_off:
-        return f"{trainer.loss.reason}; average_tokens_across_devices=False would weigh ranks, not tokens"
+        return f"{trainer.loss.reason}; average_tokens_across_devices=False would weight ranks, not tokens"
     return trainer.loss.reason
 
 
 def _sampling(trainer) -> tuple[str, str]:
     if trainer.balances_tokens:
-        return "balanced", "dealt to ranks by tokens; the same in each step on any number of processes"
+        return "balanced", "assigned to ranks by tokens; each step has the same samples on any number of processes"
     if trainer.plans_samples(trainer.train_dataset):
-        return "planned", "each sample once an epoch, the same in each step on any number of processes"
-    return "streamed", "the data set has no length, so accelerate splits the stream; steps depend on the processes"
+        return "planned", "each sample once per epoch; each step has the same samples on any number of processes"
+    return (
+        "streamed",
+        "the dataset has no length, so accelerate splits the stream; steps depend on the number of processes",
+    )
 
 
 def _evaluation(trainer) -> list[tuple[str, str, str]]:
-    """What of the evaluation depends on the number of processes, which the choice of the best checkpoint may hang on."""
+    """Return how eval_loss depends on the number of processes, because it may decide which checkpoint is the best."""
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     if trainer.accelerator.num_processes == 1 or all(rows is None for rows in sets.values()):
         return []
     if trainer.compute_metrics is not None:
         return [("evaluation", "stock loop", "for compute_metrics; eval_loss is a mean of batch means")]
     if not all(trainer.plans_samples(rows) for rows in sets.values()):
-        return [("evaluation", "streamed", "without a length; eval_loss is a mean of batch means")]
+        return [("evaluation", "streamed", "the dataset has no length; eval_loss is a mean of batch means")]
     return []
 
 
@@ -74,5 +77,5 @@ def show(trainer, engine) -> None:
     for subject, decision, reason in rows(trainer, engine):
         table.add_row(subject, decision, reason)
     console = Console()
-    # Without a terminal rich takes 80 columns, which is too narrow for reasons.
+    # Without a terminal rich uses 80 columns, which is too narrow for the reasons.
     (console if console.is_terminal else Console(width=120)).print(table)
