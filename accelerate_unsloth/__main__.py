@@ -13,6 +13,7 @@ import runpy
 import sys
 
 from . import patch
+from .launch import command as launch_command
 from .plugin import enabled_by_environment
 
 
@@ -37,7 +38,7 @@ def main(command: list[str]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    command.run_through = "accelerate_unsloth"
+    launch_command.run_through = "accelerate_unsloth"
     if enabled_by_environment():
         patch.enable_multi_gpu()
     sys.argv = command

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
@@ -28,7 +28,7 @@ def path(name: str) -> Path:
     Example:
 
     ```python
-    >>> from accelerate_unsloth import configs
+    >>> from accelerate_unsloth.launch import configs
     >>> configs.path("unsloth_ddp").name
     'unsloth_ddp.yaml'
     ```
@@ -51,7 +51,7 @@ def launcher(name: str, num_processes: int, port: int = 0) -> list[str]:
     Example:
 
     ```python
-    >>> from accelerate_unsloth import configs
+    >>> from accelerate_unsloth.launch import configs
     >>> configs.launcher("unsloth_ddp", 2)[:2]
     ['-m', 'accelerate.commands.launch']
     ```

@@ -326,7 +326,7 @@ def test_a_missing_script_is_named():
 
 def test_the_command_of_a_module_names_the_module(tmp_path):
     module = tmp_path / "job.py"
-    module.write_text("from accelerate_unsloth import launch_hint; print(launch_hint.command(2))\n")
+    module.write_text("from accelerate_unsloth.launch import command; print(command.command(2))\n")
     finished = run("-m", "job", "--x", environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert finished.stdout.endswith(" -m job --x\n"), finished.stderr
 
@@ -334,14 +334,14 @@ def test_the_command_of_a_module_names_the_module(tmp_path):
 @pytest.mark.launch
 def test_the_command_of_a_script_that_the_module_runs_names_both(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text("from accelerate_unsloth import launch_hint; print(launch_hint.command(2))\n")
+    script.write_text("from accelerate_unsloth.launch import command; print(command.command(2))\n")
     finished = run("-m", "accelerate_unsloth", script, "--x")
     assert finished.stdout.endswith(f" -m accelerate_unsloth {script} --x\n"), finished.stderr
 
 
 def test_the_command_of_a_script_that_another_module_runs_names_the_script(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text("from accelerate_unsloth import launch_hint; print(launch_hint.command(2))\n")
+    script.write_text("from accelerate_unsloth.launch import command; print(command.command(2))\n")
     finished = run("-m", "cProfile", "-o", tmp_path / "profile", script, "--x")
     assert f" {script} --x\n" in finished.stdout, finished.stderr
     assert "-m" not in finished.stdout
