@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ..launching import WORKERS, launch, result, fork_server
+from ..launching import WORKERS, fork_server, launch, result
 
 pytestmark = pytest.mark.launch
 
