@@ -19,12 +19,8 @@ from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, Unsloth
 # isort: split
 import datasets
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.utils import logging
-
-from accelerate_unsloth.reduction import FlatReducer
 
 STEPS = 5
 KERNELS = ("cudnn", "flash", "varlen")
@@ -129,23 +125,6 @@ def measure(
     }
 
 
-def reduction_gib(model) -> dict:
-    """What the flat buffer of a step takes, and DDP's buckets under `overlapped`: made in a group of one process."""
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    made = {}
-    for name, make in (
-        ("flat_buffer_gib", lambda: FlatReducer(model.parameters())),
-        ("ddp_buckets_gib", lambda: DistributedDataParallel(model, gradient_as_bucket_view=True)),
-    ):
-        gc.collect()
-        before = torch.cuda.memory_allocated()
-        kept = make()
-        made[name] = (torch.cuda.memory_allocated() - before) / 2**30
-        del kept
-    dist.destroy_process_group()
-    return made
-
-
 def cases(which: str, sizes: list[int]) -> list[tuple]:
     if which == "memory":
         return [("lognormal", tokens, mode, "auto") for mode in ("none", "unsloth") for tokens in sizes]
@@ -188,9 +167,6 @@ def main() -> None:
         print(json.dumps(measured["cases"][-1]), flush=True)
         with open(options.out, "w") as file:
             json.dump(measured, file, indent=1)
-    measured["reduction"] = reduction_gib(model)
-    with open(options.out, "w") as file:
-        json.dump(measured, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,6 @@ def loss_fn(model, batch):
     [
         ({"aggregation_method": "median"}, "choose one of mean, sum, token_mean"),
         ({"aggregation_method": AggregationMethod.TOKEN_MEAN}, "Pass count_items"),
-        ({"plugin": UnslothPlugin(gradient_sync="overlapped")}, "reduces after the backward"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is not a whole number"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is no norm above 0"),
         ({"optimizer_config": {"lr": 1e-4}}, '"class": a class'),

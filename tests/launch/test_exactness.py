@@ -29,8 +29,6 @@ RUNS = {
         1,
         {"args": {"per_device_train_batch_size": 4}, "plugin": {"micro_batch_tokens": 250}},
     ),
-    "two, overlapped": (2, 2, {"plugin": {"gradient_sync": "overlapped"}}),
-    "two, overlapped, evaluated before": (2, 2, {"evaluate": True, "plugin": {"gradient_sync": "overlapped"}}),
     "one, packed": (1, 4, {"args": {"packing": True, "max_length": 64}}),
     "two, packed": (2, 2, {"args": {"packing": True, "max_length": 64}}),
     "one, stream": (1, 4, {"stream": True, "args": {"max_steps": 8}}),
@@ -131,8 +129,7 @@ def test_samples_are_dealt_by_tokens_unless_told_otherwise(run):
     assert result(run("two, more micro-batches than asked"))["micro_batch_tokens"] <= 130
 
 
-@pytest.mark.parametrize("gradient_sync", ["after_backward", "overlapped"])
-def test_a_step_without_any_label_changes_nothing(gradient_sync, tiny_model, tmp_path):
+def test_a_step_without_any_label_changes_nothing(tiny_model, tmp_path):
     rows = [{"input_ids": [5 + n, 6, 7 + n, 8], "labels": [5 + n, 6, 7 + n, 8]} for n in range(12)]
     for row in rows[4:8]:  # the second step of three
         row["labels"] = [-100] * 4
@@ -143,7 +140,7 @@ def test_a_step_without_any_label_changes_nothing(gradient_sync, tiny_model, tmp
         folder.mkdir()
         arguments = {"gradient_accumulation_steps": 4 // processes, "train_sampling_strategy": "sequential"}
         arguments["max_length"] = None  # cutting rows leaves their labels out (trl 1.15.0)
-        options = {"args": arguments, "plugin": {"gradient_sync": gradient_sync}}
+        options = {"args": arguments}
         finished = launch(WORKERS / "train.py", [tiny_model, data, folder, json.dumps(options)], processes)
         assert finished.status == 0, finished.output[-3000:]
     one, two = map(result, folders)
@@ -189,10 +186,8 @@ def test_the_evaluation_loss_does_not_depend_on_the_processes(run):
     assert one == pytest.approx(two, rel=1e-6)
 
 
-def test_small_gradients_are_reduced_after_the_backward_without_ddp(run):
-    assert result(run("two"))["gradient_sync"] == "after_backward"
+def test_gradients_are_reduced_after_the_backward_without_ddp(run):
     assert result(run("two"))["wrapper"] == "PeftModelForCausalLM"
-    assert result(run("two, overlapped"))["wrapper"] == "DistributedDataParallel"
 
 
 def test_the_data_set_is_tokenised_once_a_node(run):

@@ -165,18 +165,16 @@ def test_a_rank_that_stands_still_is_reported_and_all_end(tiny_model, uneven_dat
     assert "distributed_c10d" in (tmp_path / "run" / "stuck-rank0.txt").read_text()
 
 
-@pytest.mark.parametrize("mode", ["after_backward", "overlapped"])
-def test_a_bad_number_on_one_rank_stops_all_with_its_samples(mode, tiny_model, uneven_data, tmp_path):
-    options = {"plugin": {"gradient_sync": mode}, "provoke": {"what": "nan", "step": 2}}
+def test_a_bad_number_on_one_rank_stops_all_with_its_samples(tiny_model, uneven_data, tmp_path):
+    options = {"provoke": {"what": "nan", "step": 2}}
     finished = start(tmp_path, tiny_model, uneven_data, **options)
     assert finished.status != 0
     assert finished.output.count("The loss or a gradient of step 3 is not finite on rank") == 1
     assert "(samples [" in finished.output
 
 
-@pytest.mark.parametrize("mode", ["after_backward", "overlapped"])
-def test_a_step_with_a_bad_number_can_be_skipped_on_all(mode, tiny_model, uneven_data, tmp_path):
-    options = {"plugin": {"on_nonfinite": "skip", "gradient_sync": mode}, "provoke": {"what": "nan", "step": 2}}
+def test_a_step_with_a_bad_number_can_be_skipped_on_all(tiny_model, uneven_data, tmp_path):
+    options = {"plugin": {"on_nonfinite": "skip"}, "provoke": {"what": "nan", "step": 2}}
     finished = start(tmp_path, tiny_model, uneven_data, **options)
     assert finished.status == 0, finished.output[-3000:]
     assert "The step is skipped on all ranks" in finished.output
@@ -205,7 +203,7 @@ def test_a_micro_batch_that_does_not_fit_is_cut_with_the_same_result(
     assert finished.status == 0, finished.output[-3000:]
     assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
     assert result(tmp_path, rank=processes - 1)["skipped_samples"] == []
-    assert finished.output.count("did not fit the memory and is cut in two") == 1
+    assert finished.output.count("did not fit the memory and is split in two") == 1
 
 
 def test_the_probe_plans_smaller_micro_batches_until_they_fit(undisturbed, tiny_model, uneven_data, tmp_path):
@@ -262,14 +260,6 @@ def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model
     assert finished.status != 0
     assert "On rank 1 sample" in finished.output
     assert "set on_oversized='skip'" in finished.output
-
-
-def test_with_overlapped_sync_running_out_of_memory_ends_all_with_words(tiny_model, uneven_data, tmp_path):
-    options = {"plugin": {"gradient_sync": "overlapped"}, "provoke": {"what": "out_of_memory", "step": 1}}
-    finished = start(tmp_path, tiny_model, uneven_data, args=LARGE, **options)
-    assert finished.status != 0
-    assert finished.output.count("On rank 1 a micro-batch does not fit the memory") == 1
-    assert "gradient_sync='after_backward', under which it is cut in two" in finished.output
 
 
 def test_samples_that_do_not_fit_alone_can_be_left_out_on_record(undisturbed, tiny_model, uneven_data, tmp_path):

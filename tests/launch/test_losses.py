@@ -125,13 +125,6 @@ def test_a_loss_that_divides_in_part_is_rejected_with_the_fix_on_all_ranks(run):
 
 
 @pytest.mark.launch
-def test_a_custom_loss_is_rejected_under_overlapped(run):
-    folder = run(2, 1, 2, kinds=["mean", "experts"], plugin={"gradient_sync": "overlapped"})
-    for kind in ("mean", "experts"):
-        assert "Use 'after_backward' or 'auto'" in result(folder)[kind]["error"]
-
-
-@pytest.mark.launch
 def test_the_mixin_over_trls_own_trainer_ends_and_is_exact(run):
     """Its loss gathers metrics in every micro-batch, of which ranks have different numbers."""
     budget = {"micro_batch_tokens": 260}

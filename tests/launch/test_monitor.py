@@ -172,14 +172,12 @@ def test_the_cache_is_looked_at_before_and_after_an_evaluation(monkeypatch):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("mode", ["after_backward", "overlapped"])
-def test_the_readings_reach_tensorboard(mode, tiny_model, uneven_data, tmp_path):
+def test_the_readings_reach_tensorboard(tiny_model, uneven_data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logs = tmp_path / "logs"
     options = {
         "args": {"report_to": "tensorboard", "gradient_accumulation_steps": 2},
-        "plugin": {"gradient_sync": mode},
     }
     finished = launch(
         WORKERS / "train.py",
@@ -200,11 +198,9 @@ def test_the_readings_reach_tensorboard(mode, tiny_model, uneven_data, tmp_path)
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("mode", ["after_backward", "overlapped"])
-def test_steps_that_log_ask_nothing_of_the_store(mode, tiny_model, uneven_data, tmp_path):
+def test_steps_that_log_ask_nothing_of_the_store(tiny_model, uneven_data, tmp_path):
     options = {
         "args": {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "logging_steps": 1},
-        "plugin": {"gradient_sync": mode},
         "note_store_requests": True,
     }
     finished = launch(

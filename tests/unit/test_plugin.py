@@ -9,7 +9,7 @@ from accelerate_unsloth import UnslothPlugin
 
 def test_defaults():
     plugin = UnslothPlugin()
-    assert (plugin.engine, plugin.gradient_sync, plugin.bucket_cap_mb) == ("auto", "auto", 25)
+    assert (plugin.engine, plugin.micro_batch, plugin.bucket_cap_mb) == ("auto", "auto", 25)
     assert plugin.gradient_as_bucket_view is True
     assert plugin.find_unused_parameters is None
     assert plugin.monitor is plugin.report is True
@@ -28,7 +28,7 @@ def test_an_unset_field_is_read_from_the_environment_and_a_set_one_is_not(monkey
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("gradient_sync", "overlaped", "gradient_sync='overlaped' is not known.*Did you mean 'overlapped'"),
+        ("micro_batch", "fxied", "micro_batch='fxied' is not known.*Did you mean 'fixed'"),
         ("comm_hook", "int8", "choose one of no, fp16, bf16"),
         ("bucket_cap_mb", 0, "bucket_cap_mb=0 is not a whole number of at least 1"),
         ("static_graph", "maybe", "static_graph='maybe' is neither true nor false"),
@@ -43,8 +43,8 @@ def test_a_value_that_an_option_does_not_know_is_refused(option, value, message,
 
 
 def test_a_misspelt_variable_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_UNSLOTH_GRADIENT_SINC", "auto")
-    with pytest.raises(ValueError, match="Did you mean ACCELERATE_UNSLOTH_GRADIENT_SYNC"):
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_MICRO_BACH", "auto")
+    with pytest.raises(ValueError, match="Did you mean ACCELERATE_UNSLOTH_MICRO_BATCH"):
         UnslothPlugin()
 
 

@@ -77,7 +77,7 @@ CHANGES = {
     "argument seed": lambda trainer: setattr(trainer.args, "seed", 1),
     "argument learning_rate": lambda trainer: setattr(trainer.args, "learning_rate", 0.5),
     "argument model_init_kwargs": lambda trainer: setattr(trainer.args, "model_init_kwargs", {"revision": "other"}),
-    "plugin option gradient_sync": lambda trainer: setattr(trainer.plugin, "gradient_sync", "overlapped"),
+    "plugin option micro_batch": lambda trainer: setattr(trainer.plugin, "micro_batch", "fixed"),
     "model configuration rms_norm_eps": lambda trainer: setattr(trainer.model.config, "rms_norm_eps", 0.5),
     "model configuration rope_parameters rope_theta": lambda trainer: trainer.model.config.rope_parameters.update(
         rope_theta=5.0
