@@ -229,7 +229,7 @@ def test_choices_follow_the_memory_the_kernels_and_the_options(monkeypatch):
     monkeypatch.setenv("ACCELERATE_UNSLOTH_MICRO_BATCH", "fixed")
     monkeypatch.setenv("ACCELERATE_UNSLOTH_ATTENTION", "varlen")
     values = chosen(1, kernels=SEGMENTS | {"has_varlen": False})
-    assert values["micro-batches"].startswith("as the script cuts them: asked for")
+    assert values["micro-batches"].startswith("as the script splits them: asked for")
     assert "attention='varlen' is not available here" in values["attention"]
 
 
