@@ -7,6 +7,7 @@ launcher of several processes PyTorch is imported, to see whether they run witho
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .launch.topology import declare_cpu_launch
 
@@ -31,6 +32,23 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:  # for editors and type checkers, which cannot follow the map
+    from .config_manager import ConfigManager as ConfigManager
+    from .custom_loop.trainer import MultiGPUTrainer as MultiGPUTrainer
+    from .devices.manager import DeviceManager as DeviceManager
+    from .engines.loaded import FastLanguageModel as FastLanguageModel
+    from .engines.loaded import FastModel as FastModel
+    from .patch import disable_multi_gpu as disable_multi_gpu
+    from .patch import enable_multi_gpu as enable_multi_gpu
+    from .patch import get_active_config as get_active_config
+    from .patch import get_multi_gpu_status as get_multi_gpu_status
+    from .patch import is_multi_gpu_enabled as is_multi_gpu_enabled
+    from .plugin import UnslothPlugin as UnslothPlugin
+    from .policies.aggregation import AggregationMethod as AggregationMethod
+    from .trainers.mixin import DistributedTrainerMixin as DistributedTrainerMixin
+    from .trainers.sft import SFTConfig as SFTConfig
+    from .trainers.sft import SFTTrainer as SFTTrainer
 
 
 def __getattr__(name):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate_unsloth.launch import configs
 
-from .forking import WarmProcess
+from .forking import ForkServer, Launch
 
 ROOT = Path(__file__).parent.parent
 WORKERS = Path(__file__).parent / "workers"
@@ -41,8 +41,8 @@ def launch(
     Run `script` in `processes` processes, with `launcher` as further options of `accelerate launch`, or of `torchrun`, and
     `inside` as the command that all of it runs in; fail the test if they have not ended after `timeout_s` seconds.
 
-    The processes are forked from a warm one, see `tests/forking`. Everything is started afresh with `real_launcher`,
-    with options for the launcher or a command around it, and with variables that libraries read when they are imported.
+    The processes are forked from one that has imported the heavy libraries, see `tests/forking`. Everything is started
+    afresh with `real_launcher`, with a command around it, and with variables that libraries read when they are imported.
     A script that imports the real Unsloth needs that too, because Unsloth comes before the libraries that it patches.
     """
     options = []
@@ -50,24 +50,25 @@ def launch(
         with_torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         options = [*(with_torchrun if torchrun else configs.launcher(config, processes)), *launcher]
     words = [str(script), *map(str, arguments)]
-    if real_launcher or launcher or inside or not warm_process().serves(clean_environment(environment)):
+    if inside:
         return finish(start([*inside, sys.executable, *options, *words], environment), timeout_s)
-    return launch_forked(words, options, processes, environment, timeout_s)
+    return finish(start_script(words, options, processes, environment, real_launcher=real_launcher), timeout_s)
 
 
-def launch_forked(words: list[str], options: list[str], processes: int, environment, timeout_s: int) -> Finished:
-    started_at = time.monotonic()
-    try:
-        done = warm_process().launch(words, options, processes, clean_environment(environment), timeout_s)
-    except subprocess.TimeoutExpired as expired:
-        raise AssertionError(f"no end after {timeout_s} s: {words}\n{expired.output[-4000:]}") from None
-    return Finished(*done, time.monotonic() - started_at)
+def start_script(
+    words: list[str], options: list[str], processes: int, environment=None, folder: Path = ROOT, real_launcher=False
+):
+    """Start a script with its arguments under the launcher in `options`; `processes` are those of this machine."""
+    cleaned = clean_environment(environment)
+    if real_launcher or not fork_server().serves(cleaned):
+        return start([sys.executable, *options, *words], environment, folder)
+    return fork_server().start(words, options, processes, cleaned, folder)
 
 
 @lru_cache(maxsize=1)
-def warm_process() -> WarmProcess:
-    """The one of this test session."""
-    return WarmProcess(clean_environment(), ROOT)
+def fork_server() -> ForkServer:
+    """Return the one of this test session."""
+    return ForkServer(clean_environment())
 
 
 def start(command: list[str], environment=None, folder: Path = ROOT, output=subprocess.PIPE) -> subprocess.Popen:
@@ -84,14 +85,20 @@ def start(command: list[str], environment=None, folder: Path = ROOT, output=subp
     return process
 
 
-def finish(process: subprocess.Popen, timeout_s: int) -> Finished:
+def finish(started: subprocess.Popen | Launch, timeout_s: int) -> Finished:
     try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"no end after {timeout_s} s: {process.args}\n{output[-4000:]}") from None
-    return Finished(process.returncode, output, time.monotonic() - process.started_at)
+        if isinstance(started, Launch):
+            status, output = started.finish(timeout_s)
+        else:
+            output, _ = started.communicate(timeout=timeout_s)
+            status = started.returncode
+    except subprocess.TimeoutExpired as expired:
+        output = expired.output
+        if not isinstance(started, Launch):
+            os.killpg(started.pid, signal.SIGKILL)
+            output, _ = started.communicate()
+        raise AssertionError(f"no end after {timeout_s} s: {expired.cmd}\n{output[-4000:]}") from None
+    return Finished(status, output, time.monotonic() - started.started_at)
 
 
 def clean_environment(extra=None) -> dict[str, str]:

@@ -1,31 +1,34 @@
 """
-The GPUs of this machine as NVIDIA's management library (NVML) tells of them.
+Read the GPUs of this node through NVIDIA's management library (NVML).
 
-NVML starts no CUDA context, so it may be asked before each process has taken its own GPU. It knows nothing of
-`CUDA_VISIBLE_DEVICES`: see `visibility`. Everything that talks to the driver is in [`NvmlReader`].
+NVML creates no CUDA context, so it can be asked before each process has selected its GPU. It ignores
+`CUDA_VISIBLE_DEVICES`, which `manager.py` applies.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-_GIB = 2**30
+import psutil
+
+GIB = 2**30
+_PCIE_LINKS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}  # by NVML_TOPOLOGY_*
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What does not change: `system_index` is the number that `nvidia-smi` shows."""
+    """What does not change of a GPU; `system_index` is its number in `nvidia-smi`."""
 
     system_index: int
     uuid: str
     name: str
     total_gib: float
     compute_capability: tuple[int, int]
-    is_split: bool = False  # in MIG mode, where CUDA shows slices of it instead
+    is_split: bool = False  # in MIG mode, where CUDA shows its slices instead
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """What changes; `None` where a GPU does not tell."""
+    """What changes of a GPU; `None` if the GPU does not report it."""
 
     total_gib: float
     free_gib: float
@@ -36,7 +39,7 @@ class GpuReading:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that holds memory of a GPU; inside a container its number is that of the host."""
+    """A process that holds memory of a GPU; inside a container `pid` is the host's number."""
 
     pid: int
     used_gib: float | None
@@ -44,21 +47,18 @@ class GpuProcess:
 
 class NvmlReader:
     """
-    Reads GPUs by their `system_index`. Without a driver there are none, and `notes` says why.
+    Read GPUs by their `system_index`. Without a driver `gpus` is empty, and `notes` says why.
 
-    Another object with the same attributes and methods may take its place.
+    Another object with the same attributes and methods may replace it.
     """
 
     def __init__(self):
         self.gpus: tuple[Gpu, ...] = ()
         self.notes: tuple[str, ...] = ()
-        self.driver: str | None = None  # its version, and the newest CUDA it runs
+        self.driver: str | None = None  # its version, and the newest CUDA version it supports
         self._handles: dict[int, Any] = {}
-        try:
-            import pynvml
-        except ImportError:
-            self.notes = ("No GPU can be looked for: install the package nvidia-ml-py.",)
-            return
+        import pynvml
+
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()
@@ -67,24 +67,23 @@ class NvmlReader:
         except pynvml.NVMLError as error:
             self.notes = (f"No GPU: NVIDIA's driver does not answer ({error}).",)
         else:
-            self._look_around()
+            self._find_gpus()
 
-    def _look_around(self) -> None:
-        nvml, notes = self._nvml, []
+    def _find_gpus(self) -> None:
+        nvml = self._nvml
         cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
         self.driver = f"{nvml.nvmlSystemGetDriverVersion()}, for CUDA up to {cuda // 1000}.{cuda % 1000 // 10}"
         for index in range(nvml.nvmlDeviceGetCount()):
-            notes += self._add(index)
-        self.notes = tuple(notes) if self.gpus or notes else ("No GPU: the driver shows none.",)
+            self._add(index)
+        if not self.gpus and not self.notes:
+            self.notes = ("No GPU: the driver shows none.",)
 
-    def _add(self, index: int) -> list[str]:
-        """Take up one GPU; a note if it does not answer."""
+    def _add(self, index: int) -> None:
         try:
             self._handles[index] = self._nvml.nvmlDeviceGetHandleByIndex(index)
             self.gpus += (self._describe(index),)
         except self._nvml.NVMLError as error:
-            return [f"GPU {index} of nvidia-smi does not answer ({error}) and is left out."]
-        return []
+            self.notes += (f"GPU {index} of nvidia-smi does not answer ({error}) and is left out.",)
 
     def _describe(self, index: int) -> Gpu:
         nvml, handle = self._nvml, self._handles[index]
@@ -93,83 +92,44 @@ class NvmlReader:
             system_index=index,
             uuid=nvml.nvmlDeviceGetUUID(handle),
             name=nvml.nvmlDeviceGetName(handle),
-            total_gib=self._memory(handle)[0],
+            total_gib=self.reading(index).total_gib,
             compute_capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
             is_split=mig_mode is not None and mig_mode[0] == nvml.NVML_DEVICE_MIG_ENABLE,
         )
 
     def reading(self, index: int) -> GpuReading:
-        """Memory, utilisation, temperature and power of one GPU, now."""
+        """Return memory, utilisation, temperature and power of one GPU, now."""
         nvml, handle = self._nvml, self._handles[index]
+        memory = self._optional(nvml.nvmlDeviceGetMemoryInfo, handle)
+        host = psutil.virtual_memory()  # is the memory of a GPU without its own, such as a GB10
         utilisation = self._optional(nvml.nvmlDeviceGetUtilizationRates, handle)
         milliwatts = self._optional(nvml.nvmlDeviceGetPowerUsage, handle)
-        total_gib, free_gib = self._memory(handle)
         return GpuReading(
-            total_gib=total_gib,
-            free_gib=free_gib,
+            total_gib=(memory or host).total / GIB,
+            free_gib=(memory.free if memory else host.available) / GIB,
             utilisation_percent=None if utilisation is None else utilisation.gpu,
             temperature_c=self._optional(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
             power_w=None if milliwatts is None else milliwatts / 1000,
         )
 
     def processes(self, index: int) -> tuple[GpuProcess, ...]:
-        """Who computes on one GPU."""
+        """Return the processes that compute on one GPU."""
         found = self._optional(self._nvml.nvmlDeviceGetComputeRunningProcesses, self._handles[index]) or []
-        return tuple(GpuProcess(p.pid, None if p.usedGpuMemory is None else p.usedGpuMemory / _GIB) for p in found)
+        return tuple(GpuProcess(p.pid, None if p.usedGpuMemory is None else p.usedGpuMemory / GIB) for p in found)
 
     def link(self, one: int, other: int) -> str:
-        """
-        How two GPUs reach each other, in the words of `nvidia-smi topo`.
-
-        Returns:
-            `str`: `"NV18"` for 18 NVLinks; else over PCIe, from near to far: `"PIX"`, `"PXB"`, `"PHB"`, `"NODE"`,
-            `"SYS"`; `"?"` if the driver does not tell.
-        """
-        nvml, first, second = self._nvml, self._handles[one], self._handles[other]
-        linked = self._optional(nvml.nvmlDeviceGetP2PStatus, first, second, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
-        if linked == nvml.NVML_P2P_STATUS_OK:
-            return f"NV{self._count_nvlinks(first, second)}"
-        level = self._optional(nvml.nvmlDeviceGetTopologyCommonAncestor, first, second)
-        words = {
-            nvml.NVML_TOPOLOGY_INTERNAL: "PIX",
-            nvml.NVML_TOPOLOGY_SINGLE: "PIX",
-            nvml.NVML_TOPOLOGY_MULTIPLE: "PXB",
-            nvml.NVML_TOPOLOGY_HOSTBRIDGE: "PHB",
-            nvml.NVML_TOPOLOGY_NODE: "NODE",
-            nvml.NVML_TOPOLOGY_SYSTEM: "SYS",
-        }
-        return words.get(level, "?")
-
-    def _count_nvlinks(self, first, second) -> int:
-        """Links that lead to the other GPU, or to a switch, through which they all do."""
-        nvml, bus_id, count = self._nvml, self._nvml.nvmlDeviceGetPciInfo(second).busId, 0
-        for link in range(nvml.NVML_NVLINK_MAX_LINKS):
-            if self._optional(nvml.nvmlDeviceGetNvLinkState, first, link) != nvml.NVML_FEATURE_ENABLED:
-                continue
-            kind = self._optional(nvml.nvmlDeviceGetNvLinkRemoteDeviceType, first, link)
-            remote = self._optional(nvml.nvmlDeviceGetNvLinkRemotePciInfo, first, link)
-            leads_to_switch = kind == nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
-            count += leads_to_switch or (remote is not None and remote.busId == bus_id)
-        return count
-
-    def _memory(self, handle) -> tuple[float, float]:
-        memory = self._optional(self._nvml.nvmlDeviceGetMemoryInfo, handle)
-        if memory is None:  # a GPU without memory of its own shares the host's
-            import psutil
-
-            host = psutil.virtual_memory()
-            return host.total / _GIB, host.available / _GIB
-        return memory.total / _GIB, memory.free / _GIB
+        """Return `"NVLink"`, the PCIe path as in `nvidia-smi topo` (`"PIX"` is near, `"SYS"` far), or `"?"` if unknown."""
+        nvml, pair = self._nvml, (self._handles[one], self._handles[other])
+        status = self._optional(nvml.nvmlDeviceGetP2PStatus, *pair, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+        if status == nvml.NVML_P2P_STATUS_OK:
+            return "NVLink"
+        return _PCIE_LINKS.get(self._optional(nvml.nvmlDeviceGetTopologyCommonAncestor, *pair), "?")
 
     def _optional(self, call, *arguments):
-        """What `call` gives, or `None` where this GPU or driver does not have it."""
-        absent = (
-            self._nvml.NVMLError_NotSupported,
-            self._nvml.NVMLError_InvalidArgument,
-            self._nvml.NVMLError_FunctionNotFound,
-            self._nvml.NVMLError_NoPermission,
-        )
+        """Return the result of `call`, or `None` if this GPU or driver does not support it."""
+        nvml = self._nvml
+        absent = (nvml.NVMLError_NotSupported, nvml.NVMLError_InvalidArgument, nvml.NVMLError_FunctionNotFound)
         try:
             return call(*arguments)
-        except absent:
+        except (*absent, nvml.NVMLError_NoPermission):
             return None

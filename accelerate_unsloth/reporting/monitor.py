@@ -1,8 +1,8 @@
 """
-What each logging step says about speed and memory, over all ranks.
+Measure speed and memory of all ranks, for each logging step.
 
-A rank adds up what it has done since the last logging step, without waiting for its GPU; ranks exchange these sums only
-where they log, in one small collective.
+A rank adds up its work since the last logging step, without waiting for its GPU. Ranks exchange these sums only where
+they log, in one small collective.
 """
 
 import time
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..launch.channel import channel
 from ..launch.topology import topology
-from .readings import History, RankReading
+from .readings import Interval, RankReading
 
 _GIB = 2**30
 _NUMBERS = {field.name: field.type for field in fields(RankReading) if field.name != "device"}
@@ -23,16 +23,16 @@ _NUMBERS = {field.name: field.type for field in fields(RankReading) if field.nam
 
 class Monitor(TrainerCallback):
     """
-    Times this rank's steps. All ranks make one together.
+    Time this rank's steps. All ranks build one together.
 
     Args:
         device (`torch.device`): Where this rank computes.
 
-    `history` holds every rank's readings of this training, on rank 0 alone.
+    `history` holds the readings of all ranks since training began, on rank 0 only.
     """
 
     def __init__(self, device: torch.device):
-        self.history = History()
+        self.history: list[Interval] = []
         self._device, self._cuda = device, device.type == "cuda"
         own_name = torch.cuda.get_device_name(device) if self._cuda else "CPU"
         self._device_names = channel().gather("devices", own_name)
@@ -41,25 +41,25 @@ class Monitor(TrainerCallback):
         self._step_began_s = self._own_began = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.history, self._since_log = History(), RankReading()
+        self.history, self._since_log = [], RankReading()
         self._retries_before = self._count_retries()  # the probe of the micro-batches may have run full on purpose
 
     def begin_step(self) -> None:
-        """Before the batches of a step are fetched."""
+        """Begin a step, before its batches are fetched."""
         self._step_began_s = time.perf_counter()
 
     def begin_work(self) -> None:
-        """Before the first forward of a step."""
+        """Begin the work of a step, before its first forward."""
         if self._own_began is None:
             self._own_began = self._now()
 
     def end_work(self, tokens: int) -> "_Moment":
-        """After the last backward of a step, before ranks meet."""
+        """Count `tokens` and return the time after the last backward of a step, before the reduction."""
         self._since_log.tokens += tokens
         return self._now()
 
     def add_work(self, ended: "_Moment") -> None:
-        """After ranks have met, when the GPU has passed `ended` anyway."""
+        """Add the time until `ended`, after the reduction, when the GPU has passed `ended` anyway."""
         if self._own_began is not None:
             self._since_log.own_s += ended.since(self._own_began)
         self._own_began = None
@@ -71,12 +71,12 @@ class Monitor(TrainerCallback):
 
     @property
     def unlogged_s(self) -> float:
-        """Seconds of this rank's steps since the last logging step."""
+        """The seconds of this rank's steps since the last logging step."""
         return self._since_log.wall_s
 
     def read(self, step: int) -> list[RankReading]:
         """
-        What every rank did since the last call; all ranks come here together.
+        Return what every rank did since the last call, in rank order. All ranks call this together.
 
         Args:
             step (`int`): Optimizer steps done.
@@ -85,19 +85,19 @@ class Monitor(TrainerCallback):
         self._add_memory(reading)
         ranks = self._exchange(reading)
         if topology().is_main:
-            self.history.add(step, ranks)
+            self.history.append(Interval(step, ranks))
         return ranks
 
     def _exchange(self, reading: RankReading) -> list[RankReading]:
-        """The readings of all ranks, in rank order."""
+        """Return the readings of all ranks, in rank order."""
         rows = [[getattr(reading, name) for name in _NUMBERS]]
         if topology().world_size > 1:  # float64 holds every count that can occur
             rows = gather(torch.tensor(rows, dtype=torch.float64, device=self._device)).tolist()
-        readings = [
-            {name: kind(value) for (name, kind), value in zip(_NUMBERS.items(), row, strict=True)} for row in rows
-        ]
         return [
-            RankReading(device=name, **of_rank) for name, of_rank in zip(self._device_names, readings, strict=True)
+            RankReading(
+                device=device, **{name: _NUMBERS[name](value) for name, value in zip(_NUMBERS, row, strict=True)}
+            )
+            for device, row in zip(self._device_names, rows, strict=True)
         ]
 
     def _add_memory(self, reading: RankReading) -> None:
@@ -120,7 +120,7 @@ class Monitor(TrainerCallback):
 
 
 class _Moment:
-    """A point in time: of the GPU's work where there is one, which is not waited for."""
+    """A point in time of the GPU's queue, which is not waited for, or of the CPU."""
 
     def __init__(self, cuda: bool):
         self._s, self._event = time.perf_counter(), None

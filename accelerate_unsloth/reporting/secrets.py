@@ -1,8 +1,8 @@
 """
-Secrets out of text: reports and error messages are passed on, and command lines hold tokens.
+Hide secrets in text that leaves this process: reports, error messages, command lines.
 
-What may be a secret is hidden by its name (`--hub_token x`, `{"api_key": "x"}`), by its form (`hf_...`), and by its value
-if an environment variable with such a name holds it. Hiding too much costs a word, hiding too little an account.
+A value is hidden if its argument is named like a secret (`--hub_token x`, `{"api_key": "x"}`), if an environment variable
+that is named like a secret holds it, or if it is a Hugging Face token or the user and password of a URL.
 """
 
 import os
@@ -12,37 +12,26 @@ from collections.abc import Mapping, Sequence
 HIDDEN = "HIDDEN"
 
 _SECRET_NAME = re.compile(
-    r"token(?!s|iz)|secret|passw|passphr|pwd|credential|auth(?!ors?\b|ors?_|ority)|bearer|cookie|api.?key|(^|[_.-])key$",
+    r"token(?!s|iz)|secret|passw|passphr|pwd|credential|auth(?!ors?\b|ors?_|ority)|bearer|cookie|"
+    r"(api|access|private).?key|(^|[_.-])key$",
     re.IGNORECASE,
 )
 # Tokens of a vocabulary, such as --pad_token.
 _VOCABULARY = re.compile(r"(^|[_.-])(pad|eos|bos|unk|sep|cls|mask|image|stop|new)[_-]?token$", re.IGNORECASE)
-_CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-
-_FORMS = (
-    re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # https://user:password@host
-    re.compile(
-        r"(?<![A-Za-z0-9])(hf|api_org|ghp|gho|ghs|ghu|glpat|github_pat|sk|pk|rk|xox[a-z]|wandb_v\d)[_-][\w-]{10,}"
-    ),
-    re.compile(r"(?<![A-Za-z0-9])(AKIA|ASIA)[A-Z0-9]{16}\b"),
-    re.compile(r"(?<![A-Za-z0-9])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),  # a JSON web token
-    re.compile(r"(?<![A-Za-z0-9])(?=[0-9a-f]*[0-9])[0-9a-f]{40}(?![A-Za-z0-9])"),  # a key of Weights & Biases
-)
+_PLAIN_VALUES = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<![A-Za-z0-9])hf_[A-Za-z0-9]{10,}")
 _PAIR = re.compile(
     # Only where a word begins: a long word without "=" would be searched from each of its letters.
     r"""(?P<name>(?<![\w.-])(--[\w.-]+\s+(?!-)|["']?[\w.-]+["']?\s*[:=]\s*))"""
     r"""(?P<value>"[^"]*"|'[^']*'|((bearer|basic|token)\s+)?[^\s"',;&}]+)""",
     re.IGNORECASE,
 )
-# Named like secrets, and folders all the same, which texts are full of.
-_FOLDERS = {"PWD", "OLDPWD"}
-# Shorter values ("1", "true") are no secrets, and would be cut out of unrelated words.
-_SHORTEST = 8
+_FOLDERS = {"PWD", "OLDPWD"}  # named like secrets
+_SHORTEST = 8  # characters of a secret; shorter values ("1", "true") would be cut out of unrelated words
 
 
 def is_secret_name(name: str) -> bool:
     """
-    Whether an argument or variable of this name may hold a secret.
+    Return whether an argument or variable of this name may hold a secret.
 
     Example:
 
@@ -52,35 +41,23 @@ def is_secret_name(name: str) -> bool:
     [True, True, False, False]
     ```
     """
-    name = _CAMEL_HUMP.sub("_", name.strip("\"' :=+-"))
+    name = name.strip("\"' :=+-")
     return bool(_SECRET_NAME.search(name)) and not _VOCABULARY.search(name)
 
 
 def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """
-    Text without what looks like a secret, or is one in the environment.
-
-    Args:
-        text (`str`): Any text.
-        environment (`Mapping[str, str]`, *optional*): Where known secrets are looked up, by the names of variables.
-    """
+    """Return `text` without the values of secret variables of `environment` (by default this process's)."""
     environment = os.environ if environment is None else environment
-    names = [name for name in environment if is_secret_name(name) and name not in _FOLDERS]
-    known = [environment[name] for name in names if len(environment[name]) >= _SHORTEST]
+    known = [value for name, value in environment.items() if is_secret_name(name) and name not in _FOLDERS]
     for value in sorted(known, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(value, HIDDEN)
-    for form in _FORMS:
-        text = form.sub(HIDDEN, text)
-    return text
+        if len(value) >= _SHORTEST:
+            text = text.replace(value, HIDDEN)
+    return _PLAIN_VALUES.sub(HIDDEN, text)
 
 
 def command_without_secrets(words: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
     """
-    A command line without the values of its secret arguments.
-
-    Args:
-        words (`Sequence[str]`): As in `sys.argv`.
-        environment (`Mapping[str, str]`, *optional*): As for [`without_secrets`].
+    Return a command line, as in `sys.argv`, without the values of its secret arguments.
 
     Example:
 
@@ -104,6 +81,6 @@ def command_without_secrets(words: Sequence[str], environment: Mapping[str, str]
 
 
 def _hide_value(pair: re.Match) -> str:
-    """Also of pairs inside of quoted values."""
+    """Hide the value of a secret name, also of pairs inside of a quoted value."""
     value = f'"{HIDDEN}"' if is_secret_name(pair["name"]) else _PAIR.sub(_hide_value, pair["value"])
     return pair["name"] + value

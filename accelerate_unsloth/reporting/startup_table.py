@@ -22,5 +22,5 @@ def show(rows: Iterable[Row]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    # Without a terminal rich takes 80 columns, which is too narrow for reasons.
+    # Without a terminal rich uses 80 columns, which is too narrow for the reasons.
     (console if console.is_terminal else Console(width=120)).print(table)

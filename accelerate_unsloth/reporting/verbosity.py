@@ -1,7 +1,7 @@
 """
-One voice per launch: banners, notices, progress bars and statistics downloads on rank 0 only.
+Show banners, notices, progress bars and statistics downloads on rank 0 only.
 
-What a rank raises is never hidden; `log_on_each_rank` lets everything through.
+Errors of any rank are always shown; `log_on_each_rank` shows everything.
 """
 
 import logging
@@ -15,7 +15,7 @@ from ..launch.topology import topology
 
 _muted = False
 
-# Read by the libraries when they are imported, so they have to be set before.
+# The libraries read these when they are imported.
 _QUIET_ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -24,7 +24,7 @@ _QUIET_ENVIRONMENT = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
 }
 
-# Of `torch` the Python side only: what NCCL and Gloo warn of is written by C++, and comes from every rank.
+# `torch` here means its Python side: warnings of NCCL and Gloo come from C++ and are shown for every rank.
 _LOGGERS = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")
 
 
@@ -42,9 +42,9 @@ def quiet_other_ranks(plugin) -> None:
 
 def mute_libraries() -> None:
     """
-    Lower the voice of libraries that are imported already and have read their environment, on the ranks that are muted.
+    Mute libraries that are imported already and have read their environment, on the muted ranks.
 
-    The Trainer raises the level of transformers again when it is built, so this is called once more after that.
+    The Trainer's constructor raises the log level of transformers again, so this is called once more after it.
     """
     if not _muted:
         return
@@ -64,7 +64,7 @@ def mute_libraries() -> None:
 
 @contextmanager
 def muted_prints():
-    """Drop what the body prints to standard output, on the ranks that are muted. Unsloth's banners are prints."""
+    """Drop what the body prints to standard output, on the muted ranks. Unsloth prints its banners."""
     if not _muted:
         yield
         return
@@ -74,7 +74,7 @@ def muted_prints():
 
 @lru_cache(maxsize=1)
 def _nowhere():
-    """A file that keeps nothing. It stays open, because a log handler made meanwhile may hold it for good."""
+    """Return a file that drops its content. It stays open, because a log handler made meanwhile may keep it."""
     return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
@@ -84,12 +84,13 @@ class _DropTrainingBanner(logging.Filter):
 
 
 # The first counts the GPUs of one process, the second repeats our table (unsloth 2026.10.9, `models/llama.py`).
+# Delete this filter when Unsloth counts the processes of a launch.
 _TRAINING_BANNER = ("==((====))==  Unsloth - 2x faster", "Unsloth is running with multi GPUs")
 
 
 @contextmanager
 def without_training_banner():
-    """Leave out what Unsloth says of a training on several processes: "Num GPUs used = 1", beside our table."""
+    """Drop Unsloth's training banner on several processes, which says "Num GPUs used = 1"."""
     llama = sys.modules.get("unsloth.models.llama")
     if llama is None or topology().world_size == 1:
         yield

@@ -13,7 +13,6 @@ from transformers.utils import logging
 from ..memory import gpu_cache
 from ..reliability import rank0_writes
 from ..reporting import html
-from ..reporting.html.record import Spent
 from ..reporting.memory_warnings import PressureWatch
 from ..reporting.readings import summary
 
@@ -50,7 +49,7 @@ class ReportMixin:
                 self._clock.began_at_step,
                 self._clock.spent,
                 self._monitor.history,
-                self._pressure.said.values(),
+                self._pressure.messages.values(),
             )
             html.write(record, Path(self.args.output_dir))
         except Exception as error:  # whatever a drawing library, a full disk or an odd model comes up with
@@ -62,7 +61,7 @@ class ReportMixin:
     def _read_ranks(self) -> dict[str, float | int]:
         """The log entries of all ranks, which come here together; rank 0 warns of memory that is about to run out."""
         ranks = self._monitor.read(self.state.global_step)
-        for message in self._pressure.news(ranks):
+        for message in self._pressure.new_warnings(ranks):
             if self.is_world_process_zero():
                 logger.warning(message)
         return summary(ranks)
@@ -86,7 +85,7 @@ class _RunClock(TrainerCallback):
         self.start()
 
     def start(self) -> None:
-        self.began, self.began_at_step, self.spent = time.strftime("%Y-%m-%d %H:%M:%S %Z"), 0, Spent()
+        self.began, self.began_at_step, self.spent = time.strftime("%Y-%m-%d %H:%M:%S %Z"), 0, html.PhaseSeconds()
         self._began_s = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -86,10 +86,10 @@ def test_a_warning_of_memory_pressure_says_figures_and_remedy(reading, words):
 
 def test_each_kind_of_memory_pressure_is_told_once():
     watch = PressureWatch()
-    assert len(watch.news([gpu(retries=1)])) == 1
-    assert watch.news([gpu(retries=5)]) == []
-    assert len(watch.news([gpu(retries=1, peak_gib=23.5)])) == 1
-    assert list(watch.said) == ["gpu retries", "gpu full"]
+    assert len(watch.new_warnings([gpu(retries=1)])) == 1
+    assert watch.new_warnings([gpu(retries=5)]) == []
+    assert len(watch.new_warnings([gpu(retries=1, peak_gib=23.5)])) == 1
+    assert list(watch.messages) == ["gpu retries", "gpu full"]
 
 
 def test_rank_0_alone_warns_of_the_pressure_on_any_rank(monkeypatch):
@@ -125,9 +125,9 @@ def test_a_gpu_is_read_as_the_driver_and_pytorch_tell(monkeypatch):
     assert (first.device, first.peak_gib, first.reserved_gib, first.reachable_gib) == ("GPU X", 10, 12, 14)
     assert (first.alloc_retries, second.alloc_retries) == (3, 0)  # those since the last log, not those of the probe
     assert first.host_total_gib > first.host_available_gib > 0
-    assert [interval.step for interval in monitor.history.intervals] == [1, 2]
+    assert [interval.step for interval in monitor.history] == [1, 2]
     monitor.on_train_begin(None, None, None)  # of a second train()
-    assert monitor.history.intervals == []
+    assert monitor.history == []
 
 
 @pytest.mark.parametrize(

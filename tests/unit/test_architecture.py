@@ -107,6 +107,21 @@ def test_every_public_name_resolves():
     run("import accelerate_unsloth as a; [getattr(a, name) for name in a.__all__]")
 
 
+def test_type_checkers_see_the_public_names_where_they_are():
+    from accelerate_unsloth import _PUBLIC
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == _PUBLIC
+
+
+def test_no_file_is_longer_than_a_reader_keeps_in_mind():
+    lengths = sorted(len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py"))
+    assert lengths[-1] <= 350
+    assert lengths[len(lengths) // 2] < 130
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import accelerate_unsloth
 

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from accelerate_unsloth import DeviceManager
-from accelerate_unsloth.devices import visibility
+from accelerate_unsloth.devices.manager import visible_gpus
 from accelerate_unsloth.devices.nvml import Gpu, GpuProcess, GpuReading
 
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44"]
@@ -50,34 +50,34 @@ def manager(visible=None, **table):
         ("+1,2abc", [1, 2], ""),
         ("", [], "hides all 4"),
         ("-1", [], "hides all 4"),
-        ("NoDevFiles", [], "cut at 'NoDevFiles'"),
-        ("2,-1,0", [2], "cut at '-1'"),
-        ("1,7,0", [1], "cut at '7'"),
-        ("1,,0", [1], "cut at ''"),
-        ("1,GPU-bb33", [1], "cut at 'GPU-bb33'"),
+        ("NoDevFiles", [], "'NoDevFiles' names none of the 4"),
+        ("2,-1,0", [2], "'-1' names none of the 4"),
+        ("1,7,0", [1], "'7' names none of the 4"),
+        ("1,,0", [1], "'' names none of the 4"),
+        ("1,GPU-bb33", [1], "'GPU-bb33' names none of the 4"),
         ("0,1,0", [], "twice"),
         ("GPU-cc44,GPU-aa11", [3, 0], ""),
         ("GPU-b", [2], ""),
-        ("GPU-aa22,GPU-aa", [1], "cut at 'GPU-aa'"),
-        ("GPU-zz", [], "cut at 'GPU-zz'"),
-        ("GPU-bb33,0", [2], "cut at '0'"),
+        ("GPU-aa22,GPU-aa", [1], "'GPU-aa' names none of the 4"),
+        ("GPU-zz", [], "'GPU-zz' names none of the 4"),
+        ("GPU-bb33,0", [2], "'0' names none of the 4"),
         ("GPU-bb33,GPU-bb", [], "twice"),
         ("MIG-0a1b", [], "slices of GPUs"),
         ("MIG-GPU-aa11/1/0", [], "slices of GPUs"),
     ],
 )
 def test_the_visible_gpus_are_those_that_cuda_would_show(value, shown, note):
-    found = visibility.resolve(FOUR, value)
-    assert [gpu.system_index for gpu in found.gpus] == shown
-    assert note in " ".join(found.notes)
-    assert bool(found.notes) is bool(note)
+    found, notes = visible_gpus(FOUR, value)
+    assert [gpu.system_index for gpu in found] == shown
+    assert note in " ".join(notes)
+    assert bool(notes) is bool(note)
 
 
 def test_a_gpu_in_mig_mode_is_kept_out_with_a_note():
     gpus = (FOUR[0], Gpu(1, "GPU-aa22", "H200", 140.0, (9, 0), is_split=True), FOUR[2])
-    found = visibility.resolve(gpus, None)
-    assert [gpu.system_index for gpu in found.gpus] == [0, 2]
-    assert "GPU(s) 1 of nvidia-smi are in MIG mode" in found.notes[0]
+    found, notes = visible_gpus(gpus, None)
+    assert [gpu.system_index for gpu in found] == [0, 2]
+    assert "GPU(s) 1 of nvidia-smi are in MIG mode" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_gpu_in_mig_mode_is_kept_out_with_a_note():
     ],
 )
 def test_an_order_that_only_cuda_knows_is_said_to_be_open(gpus, value, order, open_order):
-    assert any("PCI_BUS_ID" in note for note in visibility.resolve(gpus, value, order).notes) is open_order
+    assert any("PCI_BUS_ID" in note for note in visible_gpus(gpus, value, order)[1]) is open_order
 
 
 def test_a_device_is_described_by_its_number_in_cuda():

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ..launching import WORKERS, launch, result, warm_process
+from ..launching import WORKERS, fork_server, launch, result
 
 pytestmark = pytest.mark.launch
 
@@ -81,7 +81,7 @@ def test_what_does_not_end_is_ended(processes, tmp_path):
 
 
 def test_what_is_read_at_import_takes_a_fresh_process():
-    warm = warm_process()
-    assert warm.serves(dict(warm.environment) | {"HF_HOME": "/elsewhere", "ACCELERATE_UNSLOTH_ENGINE": "auto"})
-    assert not warm.serves(dict(warm.environment) | {"TRANSFORMERS_VERBOSITY": "error"})
-    assert not warm.serves({name: value for name, value in warm.environment.items() if name != "OMP_NUM_THREADS"})
+    server = fork_server()
+    assert server.serves(dict(server.environment) | {"HF_HOME": "/elsewhere", "ACCELERATE_UNSLOTH_ENGINE": "auto"})
+    assert not server.serves(dict(server.environment) | {"TRANSFORMERS_VERBOSITY": "error"})
+    assert not server.serves({name: value for name, value in server.environment.items() if name != "OMP_NUM_THREADS"})

@@ -1,10 +1,15 @@
 """Options: defaults, environment, checks, and what of them reaches a real DDP module."""
 
-from dataclasses import replace
+import inspect
+import subprocess
+import sys
+from dataclasses import fields, replace
 
 import pytest
 
 from accelerate_unsloth import UnslothPlugin
+
+from ..launching import ROOT
 
 
 def test_defaults():
@@ -46,6 +51,25 @@ def test_a_misspelt_variable_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_UNSLOTH_MICRO_BACH", "auto")
     with pytest.raises(ValueError, match="Did you mean ACCELERATE_UNSLOTH_MICRO_BATCH"):
         UnslothPlugin()
+
+
+def test_help_shows_the_real_defaults_and_the_help_of_each_option():
+    signature = inspect.signature(UnslothPlugin)
+    for option in fields(UnslothPlugin):
+        assert signature.parameters[option.name].default == option.metadata["default"]
+        assert f"    {option.name} (`" in UnslothPlugin.__doc__
+        assert option.metadata["help"].split()[-1] in UnslothPlugin.__doc__
+
+
+def test_the_page_of_options_is_generated_from_their_metadata():
+    made = subprocess.run(
+        [sys.executable, "-c", "import make_options as m; print(m.page(), end='')"],
+        cwd=ROOT / "docs",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert (ROOT / "docs" / "options.md").read_text() == made, "run `python docs/make_options.py`"
 
 
 @pytest.fixture

@@ -1,13 +1,26 @@
-"""The arithmetic of the report: one sentence, where the time went, what each rank did."""
+"""The arithmetic of the report: one sentence, where the time went, the table of all logged values."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from .record import Record
+_LOG_ROWS = 500
+_LOG_COLUMNS = {
+    "loss": "loss",
+    "eval_loss": "eval loss",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "num_tokens": "tokens",
+    "tokens_per_second": "tokens/s",
+    "token_imbalance": "imbalance",
+    "slowest_rank": "slowest rank",
+    "slowest_rank_step_s": "its step, s",
+    "fastest_rank_step_s": "fastest, s",
+    "peak_memory_gib": "GPU peak, GiB",
+    "host_memory_gib": "host, GiB",
+}
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A part of the time."""
 
     name: str
@@ -17,7 +30,7 @@ class Share:
 
 def duration(seconds: float) -> str:
     """
-    A duration in the two units that matter.
+    Return a duration in its two largest units.
 
     Example:
 
@@ -36,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value) -> str:
-    """A number as people read it: four digits that count, thousands with commas."""
+    """Return a number with four significant digits and commas between thousands; other values as text."""
     if isinstance(value, int):
         return f"{value:,}"
     if not isinstance(value, float):
@@ -46,159 +59,131 @@ def number(value) -> str:
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.2e}"
 
 
-def devices(record: Record) -> str:
-    """Such as `2 x NVIDIA H200`, or `2 CPU processes`."""
-    names = [reading.device for reading in record.history.totals()] or [record.device] * record.processes
-    return " and ".join(_devices(name, names.count(name)) for name in dict.fromkeys(names))
+def _devices(record) -> str:
+    """Return, for example, `2 x NVIDIA H200` or `2 CPU processes`."""
+
+    def several(name: str, count: int) -> str:
+        if name.lower() == "cpu":
+            return f"{count} CPU process{'es' * (count > 1)}"
+        return f"{count} x {name}" if count > 1 else name
+
+    names = [rank.device for rank in record.ranks] or [record.device] * record.processes
+    return " and ".join(several(name, names.count(name)) for name in dict.fromkeys(names))
 
 
-def _devices(name: str, count: int) -> str:
-    if name.lower() == "cpu":
-        return f"{count} CPU process{'es' * (count > 1)}"
-    return f"{count} x {name}" if count > 1 else name
-
-
-def final_loss(record: Record) -> float | None:
-    """The last loss that was logged; else the mean that the Trainer gives at the end."""
+def final_loss(record) -> float | None:
+    """Return the last logged loss, else the mean that the Trainer gives at the end."""
     logged = record.logged("loss") or record.logged("train_loss")
     return logged[-1][1] if logged else None
 
 
-def headline(record: Record) -> str:
-    """What ran, on what, how long, and what came out."""
+def headline(record) -> str:
+    """Return what ran, on what, how long, and the loss."""
     done = record.steps - record.began_at_step
     steps = f"{done:,} step{'s' * (done != 1)}"
-    ran = f"{record.model_name}: {steps} on {devices(record)} in {duration(record.spent.total_s)}"
+    ran = f"{record.model_name}: {steps} on {_devices(record)} in {duration(record.spent.total_s)}"
     losses = record.logged("loss")
     if len(losses) > 1:
         return f"{ran}, loss from {number(losses[0][1])} to {number(losses[-1][1])}"
     return ran if final_loss(record) is None else f"{ran}, loss {number(final_loss(record))}"
 
 
-def ending(record: Record) -> str:
-    """How it ended, and what to know before reading on."""
+def ending(record) -> str:
+    """Return how the training ended, and what a reader must know of a resumed one."""
     at = f"step {record.steps:,} of {record.max_steps:,}"
-    words = (
-        f"Ended by itself at {at}, before its last step." if record.steps < record.max_steps else f"Finished at {at}."
-    )
     if record.stopped:
-        words = f"Stopped by a signal at {at}; resume_from_checkpoint='auto' goes on from there."
+        words = f"Stopped by a signal at {at}; resume_from_checkpoint='auto' continues from there."
+    elif record.steps < record.max_steps:
+        words = f"Ended at {at}, before its last step."
+    else:
+        words = f"Finished at {at}."
     if record.began_at_step:
         words += (
             f" It was resumed at step {record.began_at_step:,}: losses are those of the whole run, while times and the "
-            "figures of single ranks are of this process's steps alone."
+            "values of single ranks cover the steps of this process only."
         )
     return words
 
 
-def shares(record: Record) -> list[Share]:
-    """
-    Where the time of `train()` went. Readings of all ranks give the steps' inside, rank 0's clock the rest.
-
-    Returns:
-        `list[Share]`: that add up to the whole; without readings, steps are one share with the rest.
-    """
-    spent = record.spent
+def shares(record) -> list[Share]:
+    """Return where the time of `train()` went: inside steps by the readings of all ranks, else by rank 0's clock."""
+    spent, monitored = record.spent, bool(record.history)
     parts = [
-        Share("Preparation", spent.preparation_s, "data loaders, planning, trying micro-batches, loading a checkpoint")
+        Share(
+            "Preparation", spent.preparation_s, "data loaders, planning, probing micro-batches, loading a checkpoint"
+        )
     ]
-    parts += _shares_of_steps(record)
-    if spent.unlogged_s and record.history.intervals:
+    if monitored:
+        parts += _shares_of_steps(record)
         parts.append(
-            Share("Steps after the last log", spent.unlogged_s, "not split up, because nothing was exchanged")
+            Share("Steps after the last log", spent.unlogged_s, "not split up, because no readings were exchanged")
         )
     parts.append(Share("Evaluation", spent.evaluation_s, "between steps"))
     parts.append(Share("Checkpoints", spent.checkpoints_s, "writing, checksums, flushing to disk"))
     rest = max(0.0, spent.total_s - sum(part.seconds for part in parts))
-    inside = "logging, callbacks, ends of epochs"
-    parts.append(
-        Share("The rest", rest, inside)
-        if record.history.intervals
-        else Share("Steps, and the rest", rest, "not split up, because steps were not monitored")
-    )
+    if monitored:
+        parts.append(Share("The rest", rest, "logging, callbacks, ends of epochs"))
+    else:
+        parts.append(Share("Steps, and the rest", rest, "not split up, because steps were not monitored"))
     return [part for part in parts if part.seconds > 0]
 
 
-def _shares_of_steps(record: Record) -> list[Share]:
+def _shares_of_steps(record) -> list[Share]:
     own = longest = wall = 0.0
-    for interval in record.history.intervals:
+    for interval in record.history:
         own += sum(rank.own_s for rank in interval.ranks) / len(interval.ranks)
         longest += max(rank.own_s for rank in interval.ranks)
         wall += interval.ranks[0].wall_s
     return [
         Share("Forward and backward", own, "mean of the ranks"),
-        Share("Waiting for the slowest rank", longest - own, "its own work over the mean, between two logs"),
+        Share(
+            "Waiting for the slowest rank", longest - own, "the most work of a rank minus the mean, between two logs"
+        ),
         Share("The rest of steps", max(0.0, wall - longest), "fetching data, reduction, optimizer"),
     ]
 
 
-@dataclass(frozen=True)
-class RankFigures:
-    """One rank over the whole of this process's life; memory in GiB at its highest."""
-
-    rank: int
-    device: str
-    tokens: int
-    step_s: float
-    waiting_s: float  # a step: for others, data, reduction and optimizer
-    peak_gib: float
-    reserved_gib: float
-    reachable_gib: float
-    host_gib: float
+def tokens_per_second(record) -> float | None:
+    """Return the tokens of all ranks per second of monitored steps."""
+    wall_s = sum(interval.ranks[0].wall_s for interval in record.history)
+    return sum(rank.tokens for rank in record.ranks) / wall_s if wall_s else None
 
 
-def ranks(record: Record) -> list[RankFigures]:
-    return [
-        RankFigures(
-            rank=rank,
-            device=total.device,
-            tokens=total.tokens,
-            step_s=total.step_s,
-            waiting_s=max(0.0, total.wall_s - total.own_s) / max(1, total.steps),
-            peak_gib=total.peak_gib,
-            reserved_gib=total.reserved_gib,
-            reachable_gib=total.reachable_gib,
-            host_gib=total.host_gib,
-        )
-        for rank, total in enumerate(record.history.totals())
-    ]
-
-
-def tokens_per_second(record: Record) -> float | None:
-    """Of all ranks, over all monitored steps."""
-    wall_s = sum(interval.ranks[0].wall_s for interval in record.history.intervals)
-    return sum(total.tokens for total in record.history.totals()) / wall_s if wall_s else None
-
-
-def imbalance(record: Record) -> float | None:
-    """Mean over the intervals: most tokens of a rank over the mean of the ranks."""
-    found = [
-        max(rank.tokens for rank in interval.ranks) * len(interval.ranks) / sum(rank.tokens for rank in interval.ranks)
-        for interval in record.history.intervals
-        if any(rank.tokens for rank in interval.ranks)
-    ]
+def imbalance(record) -> float | None:
+    """Return the mean over the intervals of: most tokens of a rank over the mean of the ranks."""
+    tokens = [[rank.tokens for rank in interval.ranks] for interval in record.history]
+    found = [max(of_ranks) * len(of_ranks) / sum(of_ranks) for of_ranks in tokens if any(of_ranks)]
     return sum(found) / len(found) if found else None
 
 
-def thinned(points: list[tuple[int, float]], most: int) -> tuple[list[tuple[int, float]], int]:
-    """
-    Points few enough to be drawn.
+def gpu_peak_gib(record) -> float:
+    """Return the memory of the fullest GPU; 0 if none was monitored."""
+    return max((rank.peak_gib for rank in record.ranks), default=0.0)
 
-    Args:
-        points (`list[tuple[int, float]]`): Step and value.
-        most (`int`): Points that may be left.
 
-    Returns:
-        `tuple`: the points, and how many neighbours each of them is the mean of, at its last step.
+def rank_table(record) -> tuple[list[str], list[list], str]:
+    """Return the column names, the rows and the caption of what each rank did."""
+    columns = ["Rank", "Device", "Tokens", "Own work per step, s", "Rest per step, s"]
+    rows = [[rank, of.device, of.tokens, of.step_s, of.rest_s] for rank, of in enumerate(record.ranks)]
+    if gpu_peak_gib(record):
+        columns += ["GPU in use, GiB", "Reserved, GiB", "Reachable, GiB"]
+        for row, of in zip(rows, record.ranks, strict=True):
+            row += [of.peak_gib, of.reserved_gib, of.reachable_gib]
+    for row, of in zip(rows, record.ranks, strict=True):
+        row.append(of.host_gib)
+    caption = (
+        "Own work is forward and backward. The rest is waiting for other ranks, data, reduction and "
+        "optimizer. Memory is the highest that was measured."
+    )
+    return [*columns, "Host, GiB"], rows, caption
 
-    Example:
 
-    ```python
-    >>> from accelerate_unsloth.reporting.html.figures import thinned
-    >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0)], most=2)
-    ([(2, 3.0), (3, 6.0)], 2)
-    ```
-    """
-    each = max(1, math.ceil(len(points) / most))
-    groups = [points[start : start + each] for start in range(0, len(points), each)]
-    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups], each
+def log_table(record) -> tuple[list[str], list[list], str]:
+    """Return the column names, the rows and the caption of the logged values, in at most 501 rows."""
+    entries = [entry for entry in record.log_history if _LOG_COLUMNS.keys() & entry.keys()]
+    every = max(1, math.ceil(len(entries) / _LOG_ROWS))
+    shown = [entry for place, entry in enumerate(entries) if place % every == 0 or place == len(entries) - 1]
+    keys = [key for key in _LOG_COLUMNS if any(key in entry for entry in shown)]
+    rows = [[entry["step"], *(entry.get(key, "") for key in keys)] for entry in shown]
+    note = f"Every {every}th of {len(entries):,} entries, and the last." if every > 1 else f"{len(entries):,} entries."
+    return ["step", *(_LOG_COLUMNS[key] for key in keys)], rows, note
