@@ -54,7 +54,7 @@ def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    from ..memory.estimate import EXPERTS_NOTE
+    from ..memory.estimate import EXPERTS_NOTE, ITEMS
 
     table = Table(title=f"{model_name}, LoRA with Unsloth, GiB per GPU", title_justify="left", pad_edge=False)
     if any(found.shape.has_experts for found in estimates.values()):
@@ -62,9 +62,8 @@ def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> Non
     table.add_column("")
     for bits, checkpointing in estimates:
         table.add_column(f"{bits}-bit, {'checkpointing' if checkpointing else 'all kept'}", justify="right")
-    lines = ("weights", "adapters", "gradients", "optimizer", "reduction", "workspace", "context")
-    for line in lines:
-        table.add_row(line, *(f"{getattr(found, line + '_gib'):.2f}" for found in estimates.values()))
+    for item in ITEMS:
+        table.add_row(item, *(f"{getattr(found, item + '_gib'):.2f}" for found in estimates.values()))
     table.add_section()
     table.add_row("KiB per token", *(f"{found.token_kib:,.0f}" for found in estimates.values()))
     table.add_row(f"peak at {tokens:,} tokens", *(f"{found.peak_gib(tokens):.2f}" for found in estimates.values()))

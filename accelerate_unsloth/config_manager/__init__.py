@@ -175,17 +175,6 @@ class ConfigManager:
 
         Raises:
             ValueError: with every problem, including unknown names.
-
-        Example:
-
-        ```python
-        >>> import os, tempfile
-        >>> from accelerate_unsloth import ConfigManager
-        >>> manager, path = ConfigManager(), os.path.join(tempfile.mkdtemp(), "config.yaml")
-        >>> manager.save({"num_gpus": 4}, path)
-        >>> manager.load(path)
-        {'num_gpus': 4}
-        ```
         """
         try:
             config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

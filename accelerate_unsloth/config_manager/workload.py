@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ..memory.budget import ModelShape
-from ..memory.estimate import EXPERTS_NOTE, Estimate, estimate
+from ..memory.estimate import EXPERTS_NOTE, ITEMS, Estimate, estimate
 from ..plugin import UnslothPlugin
 from ..policies.plan import Facts, StepPlan, plan
 
@@ -41,46 +41,38 @@ class Workload:
         return plan(plugin, Facts(self.max_seq_length, step_tokens, self.tokens(False), self.tokens(True)))
 
     def explain(self, chosen: StepPlan) -> dict[str, str]:
-        activations = {
-            "unsloth": "recomputed",
-            "none": "kept",
-            "unchanged": "as the script says, recomputed if it says nothing",
-        }[chosen.checkpointing.mode]
+        activations = {"unsloth": "recomputed", "none": "kept", "unchanged": "as the script says"}
         budget = chosen.micro_batch.token_budget
         if budget is None:
-            split = f"as the script splits them: {chosen.micro_batch.reason}; up to {self.tokens(chosen.recomputes):,} tokens fit"
+            fits = self.tokens(chosen.recomputes)
+            split = f"as the script splits them: {chosen.micro_batch.reason}; up to {fits:,} tokens fit"
         else:
             split = f"at most {budget:,} tokens, {budget // self.max_seq_length} full samples"
         return {
             "model": self.name,
             "script": f"load_in_4bit={self.load_in_4bit}, max_seq_length={self.max_seq_length}, r={self.r} on all linear "
             f"layers, optim={self.optim!r}",
-            "activations": f"{activations}, for steps of {_SAMPLES_PER_STEP} full samples per process: "
-            f"{chosen.checkpointing.reason}",
+            "activations": f"{activations[chosen.checkpointing.mode]}, for steps of {_SAMPLES_PER_STEP} full samples per "
+            f"process: {chosen.checkpointing.reason}",
             "micro-batches": f"{split}; the samples of a step stay the script's",
             **({"experts": EXPERTS_NOTE} if self.shape.has_experts else {}),
         }
 
     def _does_not_fit(self, recompute: bool) -> str:
-        held = self.estimate(recompute)
-        peak_gib, limit_gib = held.most_gib(self.max_seq_length), self.gpu_gib * self.fraction
+        held, tokens = self.estimate(recompute), self.max_seq_length
+        peak_gib, limit_gib = held.most_gib(tokens), self.gpu_gib * self.fraction
+        fixes = ["choose a smaller model", f"use GPUs of at least {peak_gib / self.fraction:.1f} GiB"]
+        if fitting := self.tokens(recompute):
+            fixes.insert(0, f"lower max_seq_length to at most {fitting:,}")
+        if replace(self, load_in_4bit=True).tokens(recompute) >= tokens:
+            fixes.insert(0, "set load_in_4bit=True")
+        if not recompute and self.tokens(True) >= tokens:
+            fixes.insert(0, "let activations be recomputed with gradient_checkpointing='auto'")
+        items = ", ".join(f"{getattr(held, f'{item}_gib'):.2f} {item}" for item in ITEMS)
         return (
-            f"{self.name}, in {4 if self.load_in_4bit else 16} bits, does not fit {self.gpu_gib:.1f} GiB: each GPU holds "
-            f"{held.weights_gib:.2f} GiB of weights, {held.adapters_gib + held.gradients_gib + held.optimizer_gib:.2f} of "
-            f"adapters, gradients and optimizer, {held.reduction_gib + held.workspace_gib:.2f} of buffers and "
-            f"{held.context_gib:.2f} of CUDA's, and a sample of {self.max_seq_length:,} tokens takes "
-            f"{peak_gib - held.resting_gib:.2f} with activations {'recomputed' if recompute else 'kept'}. That is "
-            f"{peak_gib:.2f} GiB, and {self.fraction:g} of the memory is {limit_gib:.2f}. {self._fixes(peak_gib, recompute)}"
+            f"{self.name}, in {4 if self.load_in_4bit else 16} bits, does not fit {self.gpu_gib:.1f} GiB. In GiB, each GPU "
+            f"holds {items}, and {peak_gib - held.resting_gib:.2f} activations of a sample of {tokens:,} tokens, "
+            f"{'recomputed' if recompute else 'kept'}. That is {peak_gib:.2f}, and {self.fraction:g} of the memory is "
+            f"{limit_gib:.2f}. To make it fit, {', '.join(fixes[:-1])} or {fixes[-1]}. More GPUs do not help, because each holds "
+            "the whole model."
         )
-
-    def _fixes(self, peak_gib: float, recompute: bool) -> str:
-        fixes = []
-        if not recompute and self.tokens(True) >= self.max_seq_length:
-            fixes.append("let activations be recomputed (gradient_checkpointing='auto')")
-        if replace(self, load_in_4bit=True).tokens(recompute) >= self.max_seq_length:
-            fixes.append("set load_in_4bit=True")
-        if tokens := self.tokens(recompute):
-            fixes.append(f"lower max_seq_length to at most {tokens:,}")
-        fixes += ["choose a smaller model", f"use GPUs of at least {peak_gib / self.fraction:.1f} GiB"]
-        advice = ", ".join(fixes[:-1]) + " or " + fixes[-1]
-        return f"{advice[0].upper()}{advice[1:]}; more GPUs do not help, because each holds the whole model."

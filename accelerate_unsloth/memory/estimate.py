@@ -11,6 +11,9 @@ EXPERTS_NOTE = (
     "layer as wide as the active experts"
 )
 
+# Of an estimate, beside activations: each is a field with the suffix `_gib`.
+ITEMS = ("weights", "adapters", "gradients", "optimizer", "reduction", "workspace", "context")
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -30,8 +33,7 @@ class Estimate:
     @property
     def resting_gib(self) -> float:
         """Everything but activations."""
-        held = (self.weights_gib, self.adapters_gib, self.gradients_gib, self.optimizer_gib, self.reduction_gib)
-        return sum(held) + self.workspace_gib + self.context_gib
+        return sum(getattr(self, f"{item}_gib") for item in ITEMS)
 
     def peak_gib(self, tokens: int) -> float:
         """Return the peak with a micro-batch of so many tokens."""

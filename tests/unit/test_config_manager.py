@@ -69,7 +69,7 @@ def test_a_size_is_found_however_it_is_written_and_says_whose_dims_it_has():
 
 
 @pytest.mark.parametrize("size", ["6B", "7", "7.B"])
-def test_a_size_that_is_not_in_the_table_is_refused_with_those_that_are(size):
+def test_a_size_that_is_not_in_the_table_is_rejected_with_those_that_are(size):
     with pytest.raises(
         ValueError, match=r"not in the table of published sizes.*0\.5B, 1B.*hub id, a folder or a config"
     ):
@@ -165,7 +165,7 @@ def test_memory_is_read_as_it_is_written(amount, gib):
 
 
 @pytest.mark.parametrize("amount", ["", "32", "32GBs", "-1GB", "0GB", 0, -3, True, float("nan"), float("inf"), [24]])
-def test_what_is_no_amount_of_memory_is_refused_with_how_to_write_it(amount):
+def test_what_is_no_amount_of_memory_is_rejected_with_how_to_write_it(amount):
     with pytest.raises(ValueError, match=r"available_memory=.* is not an amount of memory above 0.*'24GB'"):
         manager.get_optimal_config("1B", amount, 1)
 
@@ -215,7 +215,7 @@ def test_the_memory_fraction_of_the_environment_is_used_and_said(monkeypatch):
             "kept, for steps of 8 full samples per process: asked for",
         ),
         ({"MICRO_BATCH": "fixed"}, None, None, "as the script splits them: asked for; up to "),
-        ({"MICRO_BATCH": "fixed", "MICRO_BATCH_TOKENS": "4096"}, None, None, "recomputed if it says nothing"),
+        ({"MICRO_BATCH": "fixed", "MICRO_BATCH_TOKENS": "4096"}, None, None, "as the script says, for steps"),
         ({"MICRO_BATCH_TOKENS": "4096"}, False, 4096, "at most 4,096 tokens, 2 full samples"),
     ],
 )
@@ -239,9 +239,9 @@ def fitting(recompute):
     return estimate(shape, checkpointing=recompute, num_gpus=4).largest_micro_batch(gpu_gib)
 
 
-def test_what_fits_only_with_recomputation_is_refused_where_that_is_ruled_out(monkeypatch):
+def test_what_fits_only_with_recomputation_is_rejected_where_that_is_ruled_out(monkeypatch):
     monkeypatch.setenv("ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING", "none")
-    with pytest.raises(ValueError, match=r"with activations kept\. .* Let activations be recomputed"):
+    with pytest.raises(ValueError, match=r"tokens, kept\. .* To make it fit, let activations be recomputed"):
         ConfigManager().get_optimal_config("8B", available_memory="10GB", num_gpus=1)
 
 
@@ -268,20 +268,20 @@ def test_every_assumption_is_said():
     assert len(config.explain().splitlines()) == len(config.assumptions)
 
 
-def test_what_does_not_fit_is_refused_with_the_arithmetic_and_what_would():
+def test_what_does_not_fit_is_rejected_with_the_arithmetic_and_what_would():
     with pytest.raises(ValueError, match=r"does not fit 14\.9 GiB.*0\.9 of the memory is 13\.41") as caught:
         manager.get_optimal_config("8B", "16GB", 2, load_in_4bit=False)
     held = estimate(LLAMA_8B, load_in_4bit=False, num_gpus=2)
-    assert f"{held.weights_gib:.2f} GiB of weights" in str(caught.value)
-    assert f"That is {held.peak_gib(2048):.2f} GiB" in str(caught.value)
-    assert "Set load_in_4bit=True, choose a smaller model or use GPUs of at least" in str(caught.value)
+    assert f"{held.weights_gib:.2f} weights" in str(caught.value)
+    assert f"That is {held.peak_gib(2048):.2f}," in str(caught.value)
+    assert "set load_in_4bit=True, choose a smaller model or use GPUs of at least" in str(caught.value)
     enough = float(str(caught.value).split("at least ")[1].split(" GiB")[0]) + 0.1
     assert manager.get_optimal_config("8B", enough, 2, load_in_4bit=False)
     with pytest.raises(ValueError, match="does not fit"):
         manager.get_optimal_config("8B", enough - 0.3, 2, load_in_4bit=False)
 
 
-def test_a_remedy_is_only_named_where_it_helps():
+def test_a_fix_is_only_named_where_it_helps():
     with pytest.raises(ValueError, match="does not fit") as caught:
         manager.get_optimal_config("8B", "12GB", 1, max_seq_length=60_000)
     most = int(re.search(r"at most ([\d,]*\d)", str(caught.value))[1].replace(",", ""))
@@ -289,14 +289,16 @@ def test_a_remedy_is_only_named_where_it_helps():
     assert manager.get_optimal_config("8B", "12GB", 1, max_seq_length=most)
     with pytest.raises(ValueError, match="does not fit"):
         manager.get_optimal_config("8B", "12GB", 1, max_seq_length=most + 1)
-    with pytest.raises(ValueError, match=r"recomputed\. That is [\d.]+ GiB, and .* Choose a smaller model"):
+    with pytest.raises(
+        ValueError, match=r"recomputed\. That is [\d.]+, and .* To make it fit, choose a smaller model"
+    ):
         manager.get_optimal_config("70B", "24GB", 8)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"num_gpus": 0}, {"num_gpus": True}, {"max_seq_length": 2.5}, {"r": 0}, {"max_seq_length": None}]
 )
-def test_what_is_no_number_is_refused_by_name(wrong):
+def test_what_is_no_number_is_rejected_by_name(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"{name}=.* is not a whole number of at least 1"):
         manager.get_optimal_config("1B", "24GB", **wrong)
@@ -366,11 +368,6 @@ def test_enable_multi_gpu_takes_a_template(name, tmp_path, capsys):
     assert manager.load(path) == template
 
 
-def test_templates_are_copies():
-    manager.templates()["four_24gb"]["num_gpus"] = 3
-    assert manager.templates()["four_24gb"]["num_gpus"] == 4
-
-
 # ---- Problems ----
 
 
@@ -417,12 +414,6 @@ def test_a_plugin_that_was_changed_after_it_was_made_is_checked_again():
     assert "on_nonfinite='stopp' is not known" in on_nonfinite
 
 
-def test_what_is_no_mapping_is_one_problem():
-    assert manager.validate(["num_gpus"]) == [
-        "The options are a list; give a mapping of the options of enable_multi_gpu()."
-    ]
-
-
 def test_a_wrong_environment_variable_is_said_once(monkeypatch):
     plugin = UnslothPlugin()
     monkeypatch.setenv("ACCELERATE_UNSLOTH_MONITORS", "1")
@@ -457,7 +448,7 @@ def test_a_file_of_a_person_may_hold_a_few_options(tmp_path):
     assert loaded == {"batch_size_per_gpu": 2, "plugin": UnslothPlugin(on_oversized="skip")}
 
 
-def test_unknown_names_and_values_in_a_file_are_all_refused_with_words(tmp_path):
+def test_unknown_names_and_values_in_a_file_are_all_rejected_with_a_message(tmp_path):
     (tmp_path / "c.yaml").write_text("num_gpu: 2\nplugin:\n  enigne: auto\n  monitor: perhaps\n3: x\n")
     with pytest.raises(ValueError, match=r"c\.yaml cannot be used") as caught:
         manager.load(tmp_path / "c.yaml")
@@ -480,7 +471,7 @@ def test_unknown_names_and_values_in_a_file_are_all_refused_with_words(tmp_path)
         ("plugin: auto", "plugin='auto' is a str"),
     ],
 )
-def test_what_is_no_plain_mapping_is_refused(text, said, tmp_path):
+def test_what_is_no_plain_mapping_is_rejected(text, said, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=said):
         manager.load(tmp_path / "c.yaml")
