@@ -1,4 +1,4 @@
-"""`accelerate-unsloth estimate-memory MODEL`: what a LoRA fine-tune takes on each GPU, from the config, without weights."""
+"""`accelerate-unsloth estimate-memory MODEL`: memory of a LoRA fine-tune per GPU, from the config alone."""
 
 import json
 from dataclasses import asdict
@@ -14,13 +14,13 @@ def estimate_memory(
         str, typer.Argument(help="Hub id, the folder of a model or its config, or a size such as 8B.")
     ],
     gpu_gib: Annotated[float, typer.Option(min=0.1, help="Memory of each GPU in GiB.")] = 24.0,
-    num_gpus: Annotated[int, typer.Option(min=1, help="Processes, one a GPU.")] = 1,
+    num_gpus: Annotated[int, typer.Option(min=1, help="Number of processes, one per GPU.")] = 1,
     r: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     optim: Annotated[str, typer.Option(help="The Trainer's optimizer.")] = "adamw_8bit",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the micro-batch whose peak is shown.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Weights, adapters, optimizer and activations per GPU, and the largest micro-batch. Vision towers are not counted."""
+    """Estimate weights, optimizer and activations per GPU, and the largest micro-batch. Vision towers are not counted."""
     from ..memory import model_sizes
     from ..memory.estimate import estimate
 
@@ -54,19 +54,18 @@ def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    from ..memory.estimate import EXPERTS_NOTE
+    from ..memory.estimate import EXPERTS_NOTE, ITEMS
 
-    table = Table(title=f"{model_name}, LoRA with Unsloth, GiB a GPU", title_justify="left", pad_edge=False)
+    table = Table(title=f"{model_name}, LoRA with Unsloth, GiB per GPU", title_justify="left", pad_edge=False)
     if any(found.shape.has_experts for found in estimates.values()):
         table.caption, table.caption_justify = f"Note: {EXPERTS_NOTE}.", "left"
     table.add_column("")
     for bits, checkpointing in estimates:
         table.add_column(f"{bits}-bit, {'checkpointing' if checkpointing else 'all kept'}", justify="right")
-    lines = ("weights", "adapters", "gradients", "optimizer", "reduction", "workspace", "context")
-    for line in lines:
-        table.add_row(line, *(f"{getattr(found, line + '_gib'):.2f}" for found in estimates.values()))
+    for item in ITEMS:
+        table.add_row(item, *(f"{getattr(found, item + '_gib'):.2f}" for found in estimates.values()))
     table.add_section()
-    table.add_row("KiB a token", *(f"{found.token_kib:,.0f}" for found in estimates.values()))
+    table.add_row("KiB per token", *(f"{found.token_kib:,.0f}" for found in estimates.values()))
     table.add_row(f"peak at {tokens:,} tokens", *(f"{found.peak_gib(tokens):.2f}" for found in estimates.values()))
     largest = (found.largest_micro_batch(gpu_gib) for found in estimates.values())
     table.add_row(f"most tokens in 0.9 of {gpu_gib:g} GiB", *(f"{most:,}" if most else "none" for most in largest))

@@ -1,23 +1,21 @@
 """
-The sizes of a model, from what a user calls it: "7B", a hub id, a folder, or a config.
+The sizes of a model, from a name: "7B", a hub id, a folder, or a config. Neither weights nor a model's own code are loaded.
 
-A hub id or folder is read by transformers, without weights and without code that comes with a model. Unsloth has to be
-imported before transformers, and a script asks for sizes before it imports Unsloth. Where transformers is not imported
-yet, another process reads them.
+A script asks for sizes before it imports Unsloth, which must be imported before transformers. The usual dense models are
+therefore read from their `config.json` alone; for others transformers is imported.
 """
 
 import json
 import re
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import model_shape
 from .budget import ModelShape
 
-# The dims that were published for the models that are named. Where several models go by one size, the one that takes
-# the most memory: Qwen2.5-7B has a vocabulary several times that of Mistral-7B and Llama-2-7B.
+# Published sizes of the named models. Where several models have one size, that of the model that needs the most memory.
 KNOWN = {
     "135M": ("SmolLM2-135M", ModelShape(576, 1536, 30, 9, 3, 64, 49152, tied=True)),
     "0.5B": ("Qwen2.5-0.5B", ModelShape(896, 4864, 24, 14, 2, 64, 151936, tied=True)),
@@ -33,22 +31,29 @@ KNOWN = {
     "72B": ("Qwen2.5-72B", ModelShape(8192, 29568, 80, 64, 8, 128, 152064)),
 }
 
+# Models whose layers are all alike, attention and one gated MLP, and the `head_dim` of a config without one.
+_DENSE = {"llama": None, "mistral": None, "qwen2": None, "qwen3": 128}
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class NamedShape:
-    """Sizes, and in words whose they are."""
+    """The sizes of a model, and a description of where they come from."""
 
     shape: ModelShape
     source: str
 
 
-def resolve(model: Any) -> NamedShape:
+def resolve(model: Any, before_transformers: Callable[[], None] | None = None) -> NamedShape:
     """
     Find the sizes of a model; of one that also sees or hears, those of its language part.
 
     Args:
         model (`str`, `Path`, [`~transformers.PreTrainedConfig`] or [`ModelShape`]):
             A size of `KNOWN` such as `"7B"`, a hub id, the folder of a model or of its config, or the config itself.
+        before_transformers (`Callable`, *optional*): Called before transformers is imported, if it is needed.
 
     Returns:
         [`NamedShape`]
@@ -59,8 +64,8 @@ def resolve(model: Any) -> NamedShape:
     Example:
 
     ```python
-    >>> from accelerate_unsloth import shapes
-    >>> shapes.resolve("8b").source
+    >>> from accelerate_unsloth.memory import model_sizes
+    >>> model_sizes.resolve("8b").source
     '8B, with the dims of Llama-3.1-8B'
     ```
     """
@@ -75,71 +80,61 @@ def resolve(model: Any) -> NamedShape:
         return NamedShape(shape, f"{size}, with the dims of {owner}")
     if re.fullmatch(r"[\d.]+[BM]?", size):
         raise ValueError(
-            f"The size {model!r} is not in the table of published dims; choose one of {', '.join(KNOWN)}, or give a "
-            "hub id, a folder or a config, whose sizes are then exact."
+            f"The size {model!r} is not in the table of published sizes. Choose one of {', '.join(KNOWN)}, or give a "
+            "hub id, a folder or a config, whose sizes are exact."
         )
-    return NamedShape(read(name), f"the config of {name}")
-
-
-def read(name: str) -> ModelShape:
-    """
-    Read the sizes of a hub id or folder, without importing transformers into a process that has not done so.
-
-    Raises:
-        ValueError: if there is no config that can be read, or the memory of its model is unknown.
-    """
-    if "transformers" in sys.modules:
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise _unknown(name, "its config is code that comes with the model, which is not run") from None
-            raise ValueError(f"The config of {name!r} could not be read: {error}") from error
-        return from_config(config)
-    finished = subprocess.run(
-        [sys.executable, "-m", __name__, name], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    try:
-        answer = json.loads(finished.stdout.splitlines()[-1])  # libraries may print before it
-    except (IndexError, ValueError):
-        raise ValueError(f"The config of {name!r} could not be read: {finished.stderr[-2000:]}") from None
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return ModelShape(**answer)
+    config = _read_json(name)
+    shape = _dense_shape(config)
+    if shape is None:
+        if before_transformers is not None:
+            before_transformers()
+        shape = from_config(_to_transformers(name, config))
+    return NamedShape(shape, f"the config of {name}")
 
 
 def from_config(config: Any) -> ModelShape:
-    """
-    Read the sizes of the model that a config describes, without loading or changing anything.
-
-    Raises:
-        ValueError: if the memory of the model is unknown.
-    """
+    """Read the sizes of the model that a transformers config describes; raise `ValueError` if its memory is unknown."""
     try:
         return model_shape.read_config(config)
     except model_shape.UnknownStructure as error:
         raise _unknown(type(config).__name__, str(error)) from error
 
 
-def _unknown(name: str, why: str) -> ValueError:
-    return ValueError(
-        f"The memory of {name} is unknown: {why}. What a token takes was measured for attention with gated MLPs only, so "
-        f"nothing is planned. Give a size of published dims near it ({', '.join(KNOWN)}), or a custom ModelShape. To train "
-        "it, set micro_batch_tokens, which is tried before training."
-    )
-
-
-def _main() -> None:
-    import transformers  # noqa: F401  so that `read` stays in this process
+def _read_json(name: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
 
     try:
-        answer = asdict(read(sys.argv[1]))
-    except ValueError as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer))
+        file = Path(name) / "config.json" if Path(name).is_dir() else Path(hf_hub_download(name, "config.json"))
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The config of {name!r} could not be read: {error}") from error
 
 
-if __name__ == "__main__":
-    _main()
+def _dense_shape(config: dict[str, Any]) -> ModelShape | None:
+    """Return the sizes of a model of `_DENSE`; `None` for others, or if the config leaves sizes to defaults."""
+    kind = config.get("model_type")
+    if kind not in _DENSE or not all(isinstance(config.get(name), int) for name in _SIZES):
+        return None
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = (config[name] for name in _SIZES)
+    head_dim = config.get("head_dim") or _DENSE[kind] or hidden // heads
+    tied = config.get("tie_word_embeddings", False)
+    return ModelShape(hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied)
+
+
+def _to_transformers(name: str, config: dict[str, Any]):
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING:
+        return CONFIG_MAPPING[kind].from_dict(config)
+    if "auto_map" in config:
+        raise _unknown(name, "its config is code that comes with the model, which is not run")
+    raise _unknown(name, f"transformers has no model_type {kind!r}")
+
+
+def _unknown(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"The memory of {name} is unknown: {why}. Only attention with gated MLPs was measured, so nothing is planned. Give "
+        f"a size of published dims near it ({', '.join(KNOWN)}), or a custom ModelShape. To train it, set "
+        "micro_batch_tokens, which is tried before training."
+    )

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from accelerate_unsloth import DeviceManager
-from accelerate_unsloth.commands.env import hardware
-from accelerate_unsloth.commands.env.examine import can_train
+from accelerate_unsloth.commands.env import can_train, checks
 
 from ..launching import ROOT, clean_environment
 
@@ -67,7 +66,7 @@ def test_readings_are_sensible():
         assert 0 < reading.temperature_c < 120
         assert 0 < reading.power_w < 2000
         assert "?" not in device.links.values()
-    assert can_train(hardware.findings(devices.get_available_devices(), devices.notes, devices.driver))
+    assert can_train(checks.check_gpus(devices.get_available_devices(), devices.notes, devices.driver))
 
 
 @pytest.mark.launch

@@ -1,105 +1,67 @@
-"""Which engine and which policies would be chosen here, and why: asked of the library itself, for models that are named."""
+"""Which engine, attention kernel and step plan would be chosen here, for a usual model."""
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from ... import engines
 from ...devices.manager import Device
 from ...engines.kernels import describe
 from ...launch.topology import Topology, uses_cpu
-from ...memory import model_sizes
-from ...memory.estimate import estimate
 from ...plugin import UnslothPlugin
-from ...policies import activation_checkpointing, attention, micro_batch
-from .finding import NOTE, PROBLEM, Finding
+from ...policies import attention
+from .checks import NOTE, PROBLEM, Finding
 
-# What a choice depends on is the model, which is not known here: these stand for the usual cases.
-_LORA, _ALL = "LoRA on 8 B parameters", "8 B parameters, all trained"
-_SIZES = {
-    _LORA: {"trainable": 42_000_000, "total": 8_000_000_000},
-    _ALL: {"trainable": 8_000_000_000, "total": 8_000_000_000},
-}
-_MODEL, _ROW_TOKENS, _ROWS_OF_A_STEP, _LENGTHS = "8B", 2048, 8, 1000
-_PLANNED = f"{_LORA} in 4 bits, rows of {_ROW_TOKENS:,} tokens"
+# The choices depend on the model and the data, which are not known here.
+_MODEL, _LENGTHS = "8B", 1000
 
 
-@dataclass(frozen=True)
-class Choices:
-    engine: str | None  # None if it cannot be chosen
-    findings: tuple[Finding, ...]
-
-
-def findings(visible_gpus: int, devices: Sequence[Device] = (), kernels: dict | None = None) -> Choices:
+def check_choices(
+    visible_gpus: int, devices: Sequence[Device] = (), kernels: dict | None = None
+) -> tuple[str | None, list[Finding]]:
     """
-    Resolve what the library would, with the options of this environment.
+    Decide as training would, with the options of this environment.
 
     Args:
         visible_gpus (`int`): GPUs that torch can use.
-        devices (`Sequence[Device]`, *optional*): Those that are visible, for their memory.
-        kernels (`dict`, *optional*): What [`kernels.describe`] says of Unsloth, as the probe read it.
+        devices (`Sequence[Device]`, *optional*): The visible GPUs, for their memory.
+        kernels (`dict`, *optional*): What [`kernels.describe`] returned where Unsloth was imported.
+
+    Returns:
+        `tuple[str | None, list[Finding]]`: the engine, `None` if the options do not allow one, and the findings.
     """
-    use_cpu = uses_cpu()
     try:
         plugin = UnslothPlugin()
-        engine = engines.resolve(plugin.engine, 0 if use_cpu else visible_gpus, use_cpu)
+        engine = engines.resolve(plugin.engine, visible_gpus, uses_cpu())
     except ValueError as error:
-        return Choices(None, (Finding("options", str(error), PROBLEM),))
-    processes = Topology.from_environment().world_size if "WORLD_SIZE" in os.environ else max(visible_gpus, 1)
-    found = [
-        Finding("engine", f"{engine.name}: {engine.reason}"),
-        *_attention(plugin, engine.name, kernels),
-        *_cut(
-            plugin, min((d.total_gib for d in devices), default=None) if engine.name == "unsloth" else None, processes
-        ),
-    ]
-    return Choices(engine.name, tuple(found))
+        return None, [Finding("options", str(error), PROBLEM)]
+    findings = [Finding("engine", f"{engine.name}: {engine.reason}")]
+    kernels = describe(engine.name) if engine.name == "reference" else kernels
+    if kernels:  # else Unsloth could not be imported, which is another finding
+        findings.append(_check_attention(plugin.attention, attention.Facts(lengths=_LENGTHS, **kernels)))
+    if devices and engine.name == "unsloth":
+        processes = Topology.from_environment().world_size if "WORLD_SIZE" in os.environ else visible_gpus
+        findings += _check_plan(min(device.total_gib for device in devices), processes)
+    else:
+        findings.append(Finding("step plan", "as the script says: memory is planned on GPUs only"))
+    return engine.name, findings
 
 
-def engine_name(visible_gpus: int) -> str | None:
-    """The engine that would be chosen; `None` if the options do not allow one."""
-    return findings(visible_gpus).engine
-
-
-def _attention(plugin: UnslothPlugin, engine: str, kernels: dict | None) -> Iterator[Finding]:
-    if engine == "unsloth" and kernels is None:
-        return  # Unsloth could not be asked, which is a finding of its own
+def _check_attention(requested: str, facts: attention.Facts) -> Finding:
     try:
-        chosen = attention.resolve(
-            plugin.attention, attention.Facts(lengths=_LENGTHS, **(kernels or describe(engine)))
-        )
+        choice = attention.resolve(requested, facts)
     except ValueError as error:
-        yield Finding("attention", str(error), PROBLEM)
-        return
-    yield Finding("attention", f"rows of {_LENGTHS:,} different lengths: {chosen.backend}: {chosen.reason}")
+        return Finding("attention", str(error), PROBLEM)
+    return Finding("attention", f"samples of {facts.lengths:,} different lengths: {choice.backend}: {choice.reason}")
 
 
-def _cut(plugin: UnslothPlugin, gpu_gib: float | None, processes: int) -> Iterator[Finding]:
-    """Checkpointing and micro-batches, of a model that is trained on the smallest GPU; on a CPU neither is planned."""
-    kept = recomputed = 0
-    if gpu_gib is not None:
-        shape = model_sizes.resolve(_MODEL).shape
-        kept, recomputed = (
-            estimate(shape, checkpointing=recompute, num_gpus=processes).largest_micro_batch(
-                gpu_gib, plugin.memory_fraction
-            )
-            for recompute in (False, True)
-        )
-        if recomputed < _ROW_TOKENS:
-            why = f"{_PLANNED}: does not fit {gpu_gib:.1f} GiB"
-            remedy = "`accelerate-unsloth estimate-memory MODEL` shows what a smaller one takes."
-            yield Finding("gradient checkpointing", why, NOTE, remedy)
-            return
-    fixed = micro_batch.why_fixed(plugin.micro_batch, True)  # the script's checkpointing stays then as well
-    facts = activation_checkpointing.Facts(
-        _ROW_TOKENS, _ROWS_OF_A_STEP * _ROW_TOKENS, None if gpu_gib is None or fixed else kept, recomputed
-    )
-    recompute = activation_checkpointing.resolve(plugin.gradient_checkpointing, facts)
-    yield Finding("gradient checkpointing", f"{_PLANNED}: {recompute.mode}: {recompute.reason}")
-    fits = (kept if recompute.mode == "none" else recomputed) if gpu_gib is not None else None
+def _check_plan(gpu_gib: float, processes: int) -> Iterator[Finding]:
+    from ...config_manager import ConfigManager
+
     try:
-        cut = micro_batch.resolve(plugin.micro_batch, plugin.micro_batch_tokens, micro_batch.Facts(_ROW_TOKENS, fits))
+        config = ConfigManager().get_optimal_config(_MODEL, gpu_gib, processes)
     except ValueError as error:
-        yield Finding("micro-batches", str(error), NOTE)
+        yield Finding("step plan", str(error), NOTE)
         return
-    yield Finding("micro-batches", f"{_PLANNED}: {cut.mode}: {cut.reason}")
+    yield Finding("step plan", f"for {config.assumptions['model']}; {config.assumptions['script']}")
+    yield Finding("activations", config.assumptions["activations"])
+    yield Finding("micro-batches", config.assumptions["micro-batches"])

@@ -1,0 +1,78 @@
+"""What of a LoRA fine-tune fits a GPU, and the step plan that follows, with its explanation."""
+
+from dataclasses import dataclass, replace
+
+from ..memory.budget import ModelShape
+from ..memory.estimate import EXPERTS_NOTE, ITEMS, Estimate, estimate
+from ..plugin import UnslothPlugin
+from ..policies.plan import Facts, StepPlan, plan
+
+# The Trainer's default batch per device, for the time of a step. What fits does not depend on it.
+_SAMPLES_PER_STEP = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and the memory of each GPU that may be used for it."""
+
+    shape: ModelShape
+    name: str
+    gpu_gib: float
+    fraction: float
+    num_gpus: int
+    max_seq_length: int = 2048
+    load_in_4bit: bool = True
+    r: int = 16
+    optim: str = "adamw_8bit"
+
+    def estimate(self, recompute: bool) -> Estimate:
+        return estimate(self.shape, self.load_in_4bit, self.r, self.optim, recompute, self.num_gpus)
+
+    def tokens(self, recompute: bool) -> int:
+        """Return the tokens of the largest micro-batch."""
+        return self.estimate(recompute).largest_micro_batch(self.gpu_gib, self.fraction)
+
+    def plan(self, plugin: UnslothPlugin) -> StepPlan:
+        """Plan a step of samples of full length; raise `ValueError` if not even one fits."""
+        recompute = plugin.gradient_checkpointing != "none"
+        if self.tokens(recompute) < self.max_seq_length:
+            raise ValueError(self._does_not_fit(recompute))
+        step_tokens = _SAMPLES_PER_STEP * self.max_seq_length
+        return plan(plugin, Facts(self.max_seq_length, step_tokens, self.tokens(False), self.tokens(True)))
+
+    def explain(self, chosen: StepPlan) -> dict[str, str]:
+        activations = {"unsloth": "recomputed", "none": "kept", "unchanged": "as the script says"}
+        budget = chosen.micro_batch.token_budget
+        if budget is None:
+            fits = self.tokens(chosen.recomputes)
+            split = f"as the script splits them: {chosen.micro_batch.reason}; up to {fits:,} tokens fit"
+        else:
+            split = f"at most {budget:,} tokens, {budget // self.max_seq_length} full samples"
+        return {
+            "model": self.name,
+            "script": f"load_in_4bit={self.load_in_4bit}, max_seq_length={self.max_seq_length}, r={self.r} on all linear "
+            f"layers, optim={self.optim!r}",
+            "activations": f"{activations[chosen.checkpointing.mode]}, for steps of {_SAMPLES_PER_STEP} full samples per "
+            f"process: {chosen.checkpointing.reason}",
+            "micro-batches": f"{split}; the samples of a step stay the script's",
+            **({"experts": EXPERTS_NOTE} if self.shape.has_experts else {}),
+        }
+
+    def _does_not_fit(self, recompute: bool) -> str:
+        held, tokens = self.estimate(recompute), self.max_seq_length
+        peak_gib, limit_gib = held.most_gib(tokens), self.gpu_gib * self.fraction
+        fixes = ["choose a smaller model", f"use GPUs of at least {peak_gib / self.fraction:.1f} GiB"]
+        if fitting := self.tokens(recompute):
+            fixes.insert(0, f"lower max_seq_length to at most {fitting:,}")
+        if replace(self, load_in_4bit=True).tokens(recompute) >= tokens:
+            fixes.insert(0, "set load_in_4bit=True")
+        if not recompute and self.tokens(True) >= tokens:
+            fixes.insert(0, "let activations be recomputed with gradient_checkpointing='auto'")
+        items = ", ".join(f"{getattr(held, f'{item}_gib'):.2f} {item}" for item in ITEMS)
+        return (
+            f"{self.name}, in {4 if self.load_in_4bit else 16} bits, does not fit {self.gpu_gib:.1f} GiB. In GiB, each GPU "
+            f"holds {items}, and {peak_gib - held.resting_gib:.2f} activations of a sample of {tokens:,} tokens, "
+            f"{'recomputed' if recompute else 'kept'}. That is {peak_gib:.2f}, and {self.fraction:g} of the memory is "
+            f"{limit_gib:.2f}. To make it fit, {', '.join(fixes[:-1])} or {fixes[-1]}. More GPUs do not help, because each holds "
+            "the whole model."
+        )
