@@ -1,10 +1,10 @@
-"""Ranks forked from a warm process find and leave behind what those do that a real launcher starts."""
+"""Ranks forked from the fork server find and leave behind what those do that a real launcher starts."""
 
 import os
 
 import pytest
 
-from ..launching import WORKERS, launch, result, fork_server
+from ..launching import WORKERS, fork_server, launch, result
 
 pytestmark = pytest.mark.launch
 
