@@ -213,7 +213,7 @@ def test_the_probe_plans_smaller_micro_batches_until_they_fit(undisturbed, tiny_
     assert finished.status == 0, finished.output[-3000:]
     assert result(tmp_path)["micro_batch_tokens"] <= 260
     assert result(tmp_path)["micro_batch_tokens"] == result(tmp_path, rank=1)["micro_batch_tokens"]
-    assert "cut in two" not in finished.output
+    assert "split in two" not in finished.output
     assert result(tmp_path)["losses"] == pytest.approx(result(undisturbed)["losses"], rel=1e-5)
 
 
@@ -250,7 +250,7 @@ def test_activations_are_recomputed_after_all_where_keeping_them_does_not_fit(
     assert result(tmp_path)["skipped_samples"] == []
     if planned:  # all that memory is there again
         assert result(tmp_path)["micro_batch_tokens"] > 60
-        assert "cut in two" not in finished.output
+        assert "split in two" not in finished.output
 
 
 def test_a_sample_that_does_not_fit_alone_ends_the_run_with_its_index(tiny_model, uneven_data, tmp_path):
