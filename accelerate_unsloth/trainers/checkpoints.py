@@ -43,10 +43,13 @@ class CheckpointMixin:
                 )
             resume_from_checkpoint = found
         if resume_from_checkpoint and not self.args.ignore_data_skip:  # False is as None, as with the Trainer
-            data, args = self.train_dataset, self.args
-            samples = len(data) if hasattr(data, "__len__") else None
-            place = self.effective_batch, args.gradient_accumulation_steps, samples, args.dataloader_drop_last
-            check_effective_batch(Path(resume_from_checkpoint), *place)
+            check_effective_batch(
+                Path(resume_from_checkpoint),
+                self.effective_batch,
+                self.args.gradient_accumulation_steps,
+                len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+                self.args.dataloader_drop_last,
+            )
         self._run = self._run_resumed_from(resume_from_checkpoint) or self._run or uuid.uuid4().hex
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
