@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from accelerate_unsloth.testing import tiny_model as tiny_model_files
+
 from .launching import WORKERS, clean_environment, launch
 
 # The suite itself never touches a GPU, a hub or a launcher's leftovers.
@@ -18,25 +20,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    from . import tiny
-
-    return tiny.make_model(tmp_path_factory.mktemp("model"))
+    return tiny_model_files.make_model("tiny", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def uneven_data(tmp_path_factory):
     """22 samples: not a multiple of any effective batch used in the tests."""
-    from . import tiny
-
-    return tiny.make_data(tmp_path_factory.mktemp("data") / "uneven.jsonl", samples=22)
+    return tiny_model_files.make_prompts(tmp_path_factory.mktemp("data") / "uneven.jsonl", samples=22)
 
 
 @pytest.fixture(scope="session")
 def unsloth_once(tiny_model, uneven_data, tmp_path_factory):
     """The folder with all that one import of the real Unsloth has left, see `workers/unsloth_once.py`."""
-    from . import tiny
-
-    folder, experts = tmp_path_factory.mktemp("unsloth"), tiny.make_mixture_of_experts(tmp_path_factory.mktemp("moe"))
+    folder = tmp_path_factory.mktemp("unsloth")
+    experts = tiny_model_files.make_mixture_of_experts(tmp_path_factory.mktemp("moe"))
     environment = {"HF_HOME": str(folder / "cache"), "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")}
     environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes, for a model that trains in a second
     arguments = [tiny_model, experts, uneven_data, folder]

@@ -2,27 +2,20 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from accelerate_unsloth.launch import configs
+from accelerate_unsloth.testing import launching
+from accelerate_unsloth.testing.launching import Finished
 
 from .forking import ForkServer, Launch
 
 ROOT = Path(__file__).parent.parent
 WORKERS = Path(__file__).parent / "workers"
-
-
-@dataclass
-class Finished:
-    status: int
-    output: str  # standard output and error of all processes
-    seconds: float
 
 
 def launch(
@@ -72,50 +65,22 @@ def fork_server() -> ForkServer:
 
 
 def start(command: list[str], environment=None, folder: Path = ROOT, output=subprocess.PIPE) -> subprocess.Popen:
-    process = subprocess.Popen(
-        command,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=clean_environment(environment),
-        cwd=folder,
-        start_new_session=True,
-    )
-    process.started_at = time.monotonic()
-    return process
+    return launching.start(command, clean_environment(environment), folder, output)
 
 
 def finish(started: subprocess.Popen | Launch, timeout_s: int) -> Finished:
     try:
-        if isinstance(started, Launch):
-            status, output = started.finish(timeout_s)
-        else:
-            output, _ = started.communicate(timeout=timeout_s)
-            status = started.returncode
+        if isinstance(started, subprocess.Popen):
+            return launching.finish(started, timeout_s)
+        return Finished(*started.finish(timeout_s), time.monotonic() - started.started_at)
     except subprocess.TimeoutExpired as expired:
-        output = expired.output
-        if not isinstance(started, Launch):
-            os.killpg(started.pid, signal.SIGKILL)
-            output, _ = started.communicate()
-        raise AssertionError(f"no end after {timeout_s} s: {expired.cmd}\n{output[-4000:]}") from None
-    return Finished(status, output, time.monotonic() - started.started_at)
+        raise AssertionError(f"no end after {timeout_s} s: {expired.cmd}\n{expired.output[-4000:]}") from None
 
 
 def clean_environment(extra=None) -> dict[str, str]:
     """This environment without what a launcher or an earlier test left in it, and without GPUs or a hub."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "UNSLOTH_")) and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return environment | (extra or {})
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "UNSLOTH_"))}
+    return launching.clean_environment(kept, CUDA_VISIBLE_DEVICES="") | (extra or {})
 
 
 def result(folder: Path, rank: int = 0) -> dict:

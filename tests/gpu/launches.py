@@ -15,9 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
-
 from accelerate_unsloth.launch import configs
+from accelerate_unsloth.testing.launching import end_all
 
 from ..launching import WORKERS, start
 from . import cases
@@ -155,14 +154,6 @@ class Suite:
             finally:
                 end_all(process)
         return log.read_text(errors="replace")[before:]
-
-
-def end_all(process: subprocess.Popen) -> None:
-    """End a launch with all ranks, each of which is in a session of its own."""
-    if process.poll() is None:
-        for other in [*psutil.Process(process.pid).children(recursive=True), process]:
-            other.kill()
-    process.wait()
 
 
 def visible_gpus(count: int) -> list[str]:

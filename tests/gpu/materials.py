@@ -48,20 +48,20 @@ class Materials:
 
 
 def make(name: str, folder: Path) -> None:
-    from accelerate_unsloth.commands.bench import workload
+    from accelerate_unsloth.testing import tiny_model
 
     if name == "real":
         found = os.environ.get("MODEL", str(ROOT / ".demo" / "model"))
         if os.path.isdir(found):
             (folder / "real").symlink_to(os.path.abspath(found))
         else:
-            workload.make_model("135m", folder / "real")
+            tiny_model.make_model("135m", folder / "real")
     elif name == "1b":
-        workload.make_model("1b", folder / "1b")
+        tiny_model.make_model("1b", folder / "1b")
     elif name == "long":
-        workload.make_data(folder / "long.jsonl", samples=256)
+        tiny_model.make_data(folder / "long.jsonl", samples=256)
     elif name == "uneven":
-        split_into_prompts(workload.make_data(folder / "uneven.jsonl", samples=90, mean_log=5.0))
+        split_into_prompts(tiny_model.make_data(folder / "uneven.jsonl", samples=90, mean_log=5.0))
     else:
         {"moe": make_moe, "vision": make_vision}[name](folder / name, folder / "real")
 

@@ -8,8 +8,7 @@ import pytest
 from typer import BadParameter
 
 from accelerate_unsloth.commands.bench import show, work_of
-from accelerate_unsloth.commands.bench.plans import plan
-from accelerate_unsloth.commands.bench.runs import Run, Workload, figures, pinned
+from accelerate_unsloth.commands.bench.runs import Run, Workload, figures, pinned, plan
 
 from ..launching import ROOT, clean_environment
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from accelerate_unsloth.policies import loss
+from accelerate_unsloth.testing import tiny_model
 from accelerate_unsloth.trainers.router_balance import router_sums
 
-from .. import tiny
 from ..launching import WORKERS, launch, result
 
 EXACT = ["nll", "smoothed", "dft", "mean", "scaled", "mean function", "dividing function", "experts"]
@@ -32,8 +32,8 @@ MEMORY_TOKENS = 160
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    tiny.make_model(folder / "dense")
-    tiny.make_mixture_of_experts(folder / "experts")
+    tiny_model.make_model("tiny", folder / "dense")
+    tiny_model.make_mixture_of_experts(folder / "experts")
     return folder
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .. import tiny
+from accelerate_unsloth.testing.tiny_model import make_mixture_of_experts
+
 from ..launching import WORKERS, launch, result
 
 pytestmark = [pytest.mark.launch, pytest.mark.unsloth]
@@ -18,7 +19,7 @@ def runs(request, tiny_model, uneven_data, tmp_path_factory):
     if request.param == "forked":
         folder = request.getfixturevalue("unsloth_once")
         return {1: folder / "1", 2: folder / "2"}
-    folders, experts = {}, tiny.make_mixture_of_experts(tmp_path_factory.mktemp("experts"))
+    folders, experts = {}, make_mixture_of_experts(tmp_path_factory.mktemp("experts"))
     for processes, accumulation in ((1, 4), (2, 2)):
         folder = tmp_path_factory.mktemp("unsloth")
         # Unsloth writes the trainers that it generates, so each run gets a folder of its own.

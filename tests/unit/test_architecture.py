@@ -29,6 +29,7 @@ LAYERS = [
     "trainers",
     "patch",
     "config_manager",
+    "testing",
     "commands",
     "__main__",
 ]

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from accelerate_unsloth import reduction
 from accelerate_unsloth.commands import app
-from accelerate_unsloth.commands.bench.workload import DIMENSIONS, VOCABULARY
 from accelerate_unsloth.memory.budget import GIB, ModelShape
 from accelerate_unsloth.memory.estimate import estimate
 from accelerate_unsloth.memory.model_sizes import KNOWN
 from accelerate_unsloth.memory.optimizer_state import state_bytes, state_bytes_or_adams
+from accelerate_unsloth.testing.tiny_model import DIMENSIONS, VOCABULARY
 
 from ..launching import ROOT, clean_environment
 

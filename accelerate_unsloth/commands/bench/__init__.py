@@ -34,15 +34,15 @@ def bench(
     quick: Annotated[bool, typer.Option(help="A tiny model on CPU processes: a look at the command.")] = False,
 ) -> None:
     """Measure tokens/s, start-up, memory and losses of the same fine-tune in separate launches."""
-    from . import show, workload
-    from .plans import plan
-    from .runs import Workload, measure, pinned
+    from ...testing import tiny_model
+    from . import show
+    from .runs import Workload, measure, pinned, plan
 
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    made = "quick" if quick else model
-    folder = workload.make_model(made, out / made) if made in workload.DIMENSIONS else Path(model).absolute()
-    data = data or workload.make_data(out / "data.jsonl", 48 if quick else samples, *((4.0, 0.8) if quick else ()))
+    made = "tiny" if quick else model
+    folder = tiny_model.make_model(made, out / made) if made in tiny_model.DIMENSIONS else Path(model).absolute()
+    data = data or tiny_model.make_data(out / "data.jsonl", 48 if quick else samples, *((4.0, 0.8) if quick else ()))
     if quick:
         counts = [1, 2]
         runs = plan(counts, [], batch=2, with_trl=False, ablation=False)

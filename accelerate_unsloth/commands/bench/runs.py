@@ -1,4 +1,4 @@
-"""Start a measured fine-tune as a user would, watch its host memory, and make figures of what its ranks wrote down."""
+"""Which runs a benchmark consists of, how one is started and watched, and the figures of what its ranks wrote down."""
 
 import json
 import os
@@ -7,16 +7,26 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
-from ...launch import configs
+from ...testing import launching
 
 _PHASES = ("python", "imported", "loaded", "adapters", "trainer", "first step", "trained", "saved")
+
+# Our choices taken back one by one: an option of UnslothPlugin as an environment variable, and the choices that would
+# follow from it, which stay as the whole of ours made them.
+ABLATIONS = {
+    "without our attention kernel": ({"ACCELERATE_UNSLOTH_ATTENTION": "unchanged"}, ()),
+    "without balanced ranks": ({"ACCELERATE_UNSLOTH_BALANCE_TOKENS": "0"}, ()),
+    "without planned micro-batches": ({"ACCELERATE_UNSLOTH_MICRO_BATCH": "fixed"}, ("checkpointing",)),
+    "with Unsloth's checkpointing": ({"ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING": "unsloth"}, ()),
+}
 
 # By what a policy is called in the decisions that a run writes down.
 _VARIABLES = {"checkpointing": "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING"}
@@ -72,6 +82,41 @@ class Workload:
     cpu: bool = False
 
 
+def plan(
+    processes: list[int], plain_batches: list[int], batch: int, with_trl: bool = True, ablation: bool = True
+) -> list[Run]:
+    """
+    The runs of a comparison: plain Unsloth at each per-device batch, TRL, ours, and ours with each choice taken back.
+
+    Args:
+        processes (`list[int]`): Numbers of processes to compare at.
+        plain_batches (`list[int]`): Per-device batches of plain Unsloth, of which the best one counts.
+        batch (`int`): Per-device batch that ours is given; its effective batch is the same.
+        with_trl (`bool`, *optional*, defaults to `True`):
+            Also TRL and PEFT without Unsloth, at the smallest of these batches, because they keep more in memory.
+        ablation (`bool`, *optional*, defaults to `True`): Take our choices back one by one, on the most processes.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.commands.bench.runs import plan
+    >>> [run.name for run in plan([2], [4, 16], batch=16, with_trl=False, ablation=False)]
+    ['2 x plain, batch 4', '2 x plain, batch 16', '2 x ours']
+    ```
+    """
+    runs, smallest = [], min([*plain_batches, batch])
+    for count in processes:
+        runs += [Run(f"{count} x plain, batch {size}", "plain", count, size) for size in plain_batches]
+        if with_trl:
+            runs.append(Run(f"{count} x TRL + PEFT, batch {smallest}", "trl", count, smallest))
+        runs.append(Run(f"{count} x ours", "ours", count, batch))
+    if ablation:
+        most = max(processes)
+        for what, (variables, keeps) in ABLATIONS.items():
+            runs.append(Run(f"{most} x ours {what}", "ours", most, batch, variables, keeps=keeps))
+    return runs
+
+
 def pinned(run: Run, results: list[dict]) -> Run:
     """
     A run with the policies that it keeps set to what the whole of ours chose, on as many processes, in `results`.
@@ -96,13 +141,7 @@ def pinned(run: Run, results: list[dict]) -> Run:
 
 def measure(run: Run, work: Workload, out: Path, timeout_s: int = 3600) -> dict:
     """
-    Launch one run and return its figures.
-
-    Args:
-        run ([`Run`]): What to start.
-        work ([`Workload`]): What it trains.
-        out (`Path`): Folder for what it writes; made new.
-        timeout_s (`int`, *optional*, defaults to `3600`): When to give it up.
+    Launch one run in the new folder `out`.
 
     Returns:
         `dict`: see [`figures`]; with `"error"` and the end of the output if it failed.
@@ -117,36 +156,24 @@ def measure(run: Run, work: Workload, out: Path, timeout_s: int = 3600) -> dict:
         str(out),
         json.dumps(options),
     ]
-    command = [sys.executable]
-    if run.processes > 1:
-        command += configs.launcher("unsloth_ddp_cpu" if work.cpu else "unsloth_ddp", run.processes)
+    launcher = launching.launcher(run.processes, on_gpu=not work.cpu) if run.processes > 1 else []
     environment = os.environ | run.environment
     # Every run starts cold, with a cache of its own for compiled code and tokenised data.
     environment |= {"UNSLOTH_COMPILE_LOCATION": str(out / "compiled"), "HF_DATASETS_CACHE": str(out / "datasets")}
     environment |= {"BENCH_LAUNCHED_S": str(time.time()), "UNSLOTH_DISABLE_STATISTICS": "1"}
     with (out / "log.txt").open("w") as log:
-        process = subprocess.Popen([*command, *worker], stdout=log, stderr=log, env=environment, cwd=out)
-        peak = _PeakOfFamily(process.pid)
-        try:
-            status = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
-            status = process.wait()
-        finally:
-            host_gib = peak.stop()
-    if status != 0:
-        return {"name": run.name, "error": status, "output": (out / "log.txt").read_text()[-2000:]}
+        process = launching.start([sys.executable, *launcher, *worker], environment, out, output=log)
+        with _peak_of_family(process.pid) as peak, suppress(subprocess.TimeoutExpired):
+            launching.finish(process, timeout_s)
+    if process.returncode != 0:
+        return {"name": run.name, "error": process.returncode, "output": (out / "log.txt").read_text()[-2000:]}
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(run.processes)]
-    return {"name": run.name, **asdict(run), **figures(ranks), "peak_host_gib": host_gib}
+    return {"name": run.name, **asdict(run), **figures(ranks), "peak_host_gib": max(peak) / 2**30}
 
 
 def figures(ranks: list[dict]) -> dict:
     """
-    What the ranks' clocks say.
-
-    Args:
-        ranks (`list[dict]`): What each rank wrote down.
+    Compute what the ranks' clocks say.
 
     Returns:
         `dict` with `tokens_per_second` (all ranks, median over the last two thirds of the steps), `end_to_end_s` (from
@@ -182,22 +209,21 @@ def _differences(values: list[float]) -> list[float]:
     return [after - before for before, after in pairwise(values)]
 
 
-class _PeakOfFamily:
-    """Most memory that a process and its children held together, sampled twice a second."""
+@contextmanager
+def _peak_of_family(pid: int) -> Iterator[list[int]]:
+    """Sample the bytes that a process and its children hold together, twice a second."""
+    samples, done = [0], threading.Event()
 
-    def __init__(self, pid: int):
-        self._pid, self._peak_bytes, self._done = pid, 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.5):
+    def watch() -> None:
+        while not done.wait(0.5):
             with suppress(psutil.Error):  # one of them has just ended
-                first = psutil.Process(self._pid)
-                family = [first, *first.children(recursive=True)]
-                self._peak_bytes = max(self._peak_bytes, sum(p.memory_info().rss for p in family))
+                first = psutil.Process(pid)
+                samples.append(sum(p.memory_info().rss for p in [first, *first.children(recursive=True)]))
 
-    def stop(self) -> float:
-        self._done.set()
-        self._thread.join()
-        return self._peak_bytes / 2**30
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()

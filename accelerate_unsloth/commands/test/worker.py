@@ -1,7 +1,8 @@
 """
-Fine-tune the tiny model, as a user's script would, and write down what this rank saw.
+What the installation check starts, as a user's script would do it.
 
-    accelerate launch -m accelerate_unsloth.commands.test.worker FOLDER NAME ACCUMULATION PRECISION
+    accelerate launch -m accelerate_unsloth.commands.test.worker train FOLDER NAME ACCUMULATION PRECISION
+    python -m accelerate_unsloth.commands.test.worker reload FOLDER NAME
 """
 
 import hashlib
@@ -10,18 +11,17 @@ import os
 import sys
 from pathlib import Path
 
-from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer
-
-# isort: split
-import datasets
-import torch
-
-from .tiny import SAMPLES, make_texts
+from ...testing.tiny_model import CHECK_SAMPLES, make_texts
 
 STEPS = 6
+UNSEEN = make_texts(CHECK_SAMPLES + 1)[-1]
 
 
-def main(folder: str, name: str, accumulation: str, precision: str) -> None:
+def train(folder: str, name: str, accumulation: str, precision: str) -> None:
+    """Fine-tune the model, and write what this rank saw to `rank<N>.json`."""
+    from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer  # isort: skip
+    import datasets
+
     folder, rank = Path(folder), int(os.environ.get("RANK", 0))
     out = folder / name
     model, tokenizer = FastLanguageModel.from_pretrained(str(folder / "model"), max_seq_length=128, load_in_4bit=False)
@@ -46,6 +46,7 @@ def main(folder: str, name: str, accumulation: str, precision: str) -> None:
     trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     trainer.save_model(str(out / "adapter"))
+    FastLanguageModel.for_inference(model)
     report = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "devices": sorted({str(p.device) for p in model.parameters()}),
@@ -56,7 +57,9 @@ def main(folder: str, name: str, accumulation: str, precision: str) -> None:
 
 
 def checksum(model) -> str:
-    """Of the trained weights, bit for bit."""
+    """Return a digest of the trained weights, bit for bit."""
+    import torch
+
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -64,16 +67,30 @@ def checksum(model) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
 def logits(model, tokenizer) -> list[float]:
-    """What the trained model says to a text that it has not seen."""
-    FastLanguageModel.for_inference(model)
-    text = make_texts(SAMPLES + 1)[-1]
-    ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+    """Return what a model computes for a text that it has not seen."""
+    import torch
+
+    ids = tokenizer(UNSEEN, return_tensors="pt").input_ids.to(model.device)
     # As under Unsloth's own generation: adapters are float32 there, and the base model is not.
-    with torch.autocast(ids.device.type, dtype=model.dtype, enabled=ids.is_cuda):
+    with torch.no_grad(), torch.autocast(ids.device.type, dtype=model.dtype, enabled=ids.is_cuda):
         return model(input_ids=ids).logits.float().flatten().tolist()
 
 
+def reload(folder: str, name: str) -> None:
+    """Load the saved adapter with plain transformers and PEFT, and write what it computes to `reloaded.json`."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / name / "adapter")  # that was saved beside the adapter
+    outputs = {"base": logits(base, tokenizer)}
+    adapted = PeftModel.from_pretrained(base, folder / name / "adapter", torch_device="cpu").eval()
+    outputs["reloaded"] = logits(adapted, tokenizer)
+    (folder / name / "reloaded.json").write_text(json.dumps(outputs))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"train": train, "reload": reload}[sys.argv[1]](*sys.argv[2:])
