@@ -1,1 +1,1 @@
-"""A trainer for loops of one's own: its epochs, its steps, its evaluation, and what it saves."""
+"""A trainer for custom training loops: epochs, steps, evaluation and checkpoints."""

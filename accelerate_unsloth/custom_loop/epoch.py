@@ -1,6 +1,7 @@
-"""Where an epoch of a loop of one's own stands, and which loader it is of."""
+"""An epoch of a custom training loop: how its loader is split, what was drawn for it, and its statistics."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -9,63 +10,107 @@ from torch.utils.data import DataLoader
 from ..data import user_loader
 from ..data.contents import digest_of_samples
 from ..launch.channel import channel
-from ..policies.aggregation import AggregationMethod
-from ..reduction import StepTotals
+from ..launch.topology import topology
 from ..reliability import agreement
-from .state import changed
+from .checkpoint import changed
 
 
-class EpochMixin:
-    """The epoch, for [`MultiGPUTrainer`]."""
+@dataclass(frozen=True)
+class RankShare:
+    """
+    What one rank did in an epoch.
 
-    def _begin(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> user_loader.Epochs:
-        """How the loader is dealt, which is drawn at the first step of an epoch and kept until its last."""
-        epochs = self._deal(dataloader, lengths)
-        if self.step_in_epoch == 0:
-            self.epoch_facts, self.epoch_order = epochs.facts, self._draw(epochs.draw)
-        elif self.epoch_facts != epochs.facts:
-            differ = "; ".join(changed(self.epoch_facts or {}, epochs.facts))
-            raise ValueError(
-                f"Epoch {self.epoch} has done {self.step_in_epoch} steps of another loader: {differ}. Go on with "
-                "that one, or set step_in_epoch = 0 to begin the epoch anew."
-            )
-        return epochs
+    Args:
+        num_tokens (`int`): Tokens of its micro-batches, without padding where a mask marks it.
+        num_samples (`int`): Samples of its micro-batches.
+        work_s (`float`): Seconds of its own forwards and backwards.
+    """
 
-    def _deal(self, dataloader: DataLoader, lengths: Sequence[int] | None) -> user_loader.Epochs:
-        """The dealing of a loader, that of the last call where nothing that it follows from has changed."""
-        rows, accumulation = getattr(dataloader, "dataset", None), self.gradient_accumulation_steps
-        size = len(rows) if hasattr(rows, "__len__") else None
-        if self._dealing is not None:
-            (known, its_lengths), follows_from, epochs = self._dealing
-            if known is dataloader and its_lengths is lengths and follows_from == (size, accumulation, self.seed):
-                return epochs
-        epochs = user_loader.for_training(
-            dataloader, self.place, accumulation, self.seed, self.plugin.balance_tokens, lengths
+    num_tokens: int
+    num_samples: int
+    work_s: float
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """
+    Statistics of an epoch, the same on every rank.
+
+    Args:
+        loss (`float`): Mean over the tokens of all steps for `TOKEN_MEAN`, else over steps.
+        num_tokens (`int`): Tokens of all ranks.
+        num_samples (`int`): Samples of all ranks.
+        num_steps (`int`): Optimizer steps.
+        elapsed_s (`float`): Seconds, data loading included.
+        ranks (`tuple[RankShare]`): Share of each rank.
+    """
+
+    loss: float
+    num_tokens: int
+    num_samples: int
+    num_steps: int
+    elapsed_s: float
+    ranks: tuple[RankShare, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.elapsed_s
+
+    @property
+    def token_imbalance(self) -> float:
+        """Tokens of the rank with the most, divided by the mean of all ranks."""
+        most = max(rank.num_tokens for rank in self.ranks)
+        return most * len(self.ranks) / max(1, self.num_tokens)
+
+
+def begin(trainer, loader: DataLoader, lengths: Sequence[int] | None) -> user_loader.Epochs:
+    """
+    Split a loader over the ranks, which call it together. Its order is drawn at the first step of an epoch and kept to the last.
+
+    Raises:
+        ValueError: for a loader that cannot be split, differs between ranks, or is not the one of the epoch so far.
+    """
+    epochs = _plan(trainer, loader, lengths)
+    if trainer.step_in_epoch == 0:
+        trainer.epoch_facts, trainer.epoch_order = epochs.facts, draw_on_rank_0(epochs.draw)
+    elif trainer.epoch_facts != epochs.facts:
+        differ = "; ".join(changed(trainer.epoch_facts or {}, epochs.facts))
+        raise ValueError(
+            f"Epoch {trainer.epoch} has done {trainer.step_in_epoch} steps of another loader: {differ}. Continue with that "
+            "loader, or set step_in_epoch = 0 to start the epoch again."
         )
-        described = {f"{name} of the loader": value for name, value in epochs.facts.items()}
-        if self.place.world_size > 1 and size is not None:
-            described["64 samples of the loader"] = digest_of_samples(rows)
-        agreement.compare(described)
-        self._dealing = ((dataloader, lengths), (size, accumulation, self.seed), epochs)
-        return epochs
+    return epochs
 
-    def _draw(self, draw: Callable[[], Any]) -> Any:
-        """What rank 0 draws, on every rank: through the process group, because an order grows with the data."""
-        drawn = channel().run_on_main("order", draw)  # an error of the sampler ends all ranks
-        return broadcast_object_list([drawn])[0]
 
-    def _share(self, totals: StepTotals) -> float:
-        """What a step weighs in the loss of its epoch: nothing if it was skipped, or had no loss."""
-        if totals.nonfinite_ranks or not totals.items:
-            return 0.0
-        return float(totals.items) if self.aggregation.method is AggregationMethod.TOKEN_MEAN else 1.0
+def _plan(trainer, loader: DataLoader, lengths: Sequence[int] | None) -> user_loader.Epochs:
+    """Return the epochs of a loader: the last ones, with their workers, where nothing that they depend on has changed."""
+    rows = getattr(loader, "dataset", None)
+    size = len(rows) if hasattr(rows, "__len__") else None
+    numbers = (size, trainer.gradient_accumulation_steps, trainer.seed)
+    if trainer.planned is not None:
+        planned_loader, planned_lengths, planned_numbers, epochs = trainer.planned
+        if planned_loader is loader and planned_lengths is lengths and planned_numbers == numbers:
+            return epochs
+    epochs = user_loader.for_training(
+        loader, topology(), trainer.gradient_accumulation_steps, trainer.seed, trainer.plugin.balance_tokens, lengths
+    )
+    described = {f"{name} of the loader": value for name, value in epochs.facts.items()}
+    if topology().world_size > 1 and size is not None:
+        described["64 samples of the loader"] = digest_of_samples(rows)
+    agreement.compare(described)
+    trainer.planned = loader, lengths, numbers, epochs
+    return epochs
 
-    def _is_over(self, epochs: user_loader.Epochs, stream: Iterator) -> bool:
-        """Whether the last step was the epoch's too; a stream has to be read on to know."""
-        num_steps = epochs.num_steps(self.epoch_order)
-        if num_steps is not None:
-            return self.step_in_epoch == num_steps
-        return not any(channel().gather("samples left", next(stream, None) is not None))
 
-    def _close_epoch(self) -> None:
-        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+def draw_on_rank_0(draw: Callable[[], Any]) -> Any:
+    """Return what rank 0 draws, on every rank: through the process group, because an order grows with the data."""
+    drawn = channel().run_on_main("order", draw)  # an error of the sampler ends all ranks
+    return broadcast_object_list([drawn])[0]
+
+
+def is_over(trainer, epochs: user_loader.Epochs, stream: Iterator) -> bool:
+    """Return whether no rank has a step left; a stream has to be read further to know."""
+    num_steps = epochs.num_steps(trainer.epoch_order)
+    if num_steps is not None:
+        return trainer.step_in_epoch == num_steps
+    return not any(channel().gather("samples left", next(stream, None) is not None))

@@ -1,26 +1,25 @@
 """
-A trainer for loops of one's own: `Accelerator` with our dealing of samples and our one reduction a step.
+A trainer for custom training loops: an `Accelerator` with exact sample assignment and one reduction per step.
 
-The model, its loss and the data loader are the user's. Everything an optimizer step needs from other ranks is in the one
-reduction behind its last backward, so ranks may have any number of micro-batches, or none.
+The user brings the model, its loss and the data loader. All that an optimizer step needs from other ranks is in the one
+reduction after its last backward, so ranks may have any number of micro-batches, or none.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engines.loaded import choice  # noqa: F401  # takes this rank's GPU, and imports Unsloth before transformers
+from ..engines.loaded import choice  # noqa: F401  # binds this rank's GPU, and imports Unsloth before transformers
 
 # isort: split
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 
 from ..data import user_loader
-from ..data.loader import count_items
-from ..launch import command
+from ..launch import command, process
 from ..launch.channel import channel
 from ..launch.topology import topology, uses_cpu
 from ..plugin import UnslothPlugin
@@ -31,45 +30,43 @@ from ..reliability import agreement
 from ..reliability.checksum import kept_buffers
 from ..reliability.grad_scaler import allow_steps_without_gradients
 from ..reporting.monitor import Monitor
-from . import state
-from .epoch import EpochMixin
-from .evaluation import EvaluationMixin
-from .stats import EpochStats, RankShare
-from .step import StepMixin
+from . import checkpoint, epoch, step
+from .epoch import EpochStats, RankShare
 
 
-class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
+class MultiGPUTrainer:
     """
-    Trains a model of one's own on every process of the launch.
+    Trains a model in a custom loop on every process of the launch.
 
-    Samples are dealt over the ranks by the seed alone (by tokens where they are known), so an epoch takes the same steps
-    on any number of processes with the same effective batch: batch size of the loader x accumulation x processes.
+    Samples are assigned to ranks by the seed alone (by tokens where they are known). So an epoch takes the same steps on any
+    number of processes with the same effective batch: batch size of the loader x accumulation x processes.
 
     Args:
-        model ([`~torch.nn.Module`]): The model. What is trained, and the buffers it keeps, are rank 0's; frozen weights are compared.
-        num_gpus (`int`, *optional*): Processes that the script wants; by default those of the launch.
+        model ([`~torch.nn.Module`]):
+            The model. Trainable weights and kept buffers are copied from rank 0; frozen weights are compared.
+        num_gpus (`int`, *optional*): Number of processes that the script needs; by default those of the launch.
         aggregation_method ([`AggregationMethod`] or `str`, *optional*):
-            How the losses of a step become one; `TOKEN_MEAN` by default where tokens can be counted, else `MEAN`.
+            How the losses of a step become one; by default `TOKEN_MEAN` where tokens can be counted, else `MEAN`.
         optimizer_config (`dict`, *optional*): `{"class": torch.optim.AdamW, "kwargs": {"lr": 2e-5}}`, the default.
         scheduler_config (`dict`, *optional*):
-            `{"class": torch.optim.lr_scheduler.LinearLR, "kwargs": {...}}`; moves once an optimizer step.
+            `{"class": torch.optim.lr_scheduler.LinearLR, "kwargs": {...}}`; stepped once per optimizer step.
         gradient_accumulation_steps (`int`, *optional*, defaults to `1`): Micro-batches of a step on each rank.
-        max_grad_norm (`float`, *optional*): Clips the norm of the whole gradient.
-        mixed_precision (`str`, *optional*): As [`~accelerate.Accelerator`]'s; by default what the launcher says.
+        max_grad_norm (`float`, *optional*): Largest norm of the whole gradient; a larger one is clipped.
+        mixed_precision (`str`, *optional*): As for [`~accelerate.Accelerator`]; by default the launcher's.
         loss_fn (`Callable`, *optional*): `loss_fn(model, batch)`; by default `model(**batch).loss`.
-        count_items (`Callable`, *optional*): `count_items(batch)`, the positions that its loss is the mean of.
+        count_items (`Callable`, *optional*): `count_items(batch)`, the number of positions that its loss is the mean over.
         callbacks (`Sequence[Callable]`, *optional*):
-            Called as `callback(logs, step)` on rank 0 after each optimizer step, as `Accelerator.log` is.
-        seed (`int`, *optional*, defaults to `42`): Of the order of samples, where the loader shuffles.
+            Called as `callback(logs, step)` on rank 0 after each optimizer step; `Accelerator.log` is one.
+        seed (`int`, *optional*, defaults to `42`): Seed of the order of samples, where the loader shuffles.
         plugin ([`UnslothPlugin`], *optional*): Options; by default those of the environment.
 
     Attributes:
-        accelerator ([`~accelerate.Accelerator`]): After `setup`.
+        accelerator ([`~accelerate.Accelerator`]): The accelerator, after `setup`.
         aggregation (`AggregationChoice`): The method, with its reason.
-        epoch (`int`), step_in_epoch (`int`), global_step (`int`): What is done.
+        epoch (`int`), step_in_epoch (`int`), global_step (`int`): The position of the training.
 
     Raises:
-        ValueError: for options that do not go together, a launch of another size, or ranks that were set up differently.
+        ValueError: for options that contradict each other, a launch of another size, or ranks that are set up differently.
 
     Example:
 
@@ -103,104 +100,86 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
         plugin: UnslothPlugin | None = None,
     ):
         command.require(num_gpus, 0 if uses_cpu() else torch.cuda.device_count())
-        self.plugin = plugin if plugin is not None else UnslothPlugin()
         if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
             raise ValueError(
-                f"gradient_accumulation_steps={gradient_accumulation_steps!r} is not a whole number from 1 on."
+                f"gradient_accumulation_steps={gradient_accumulation_steps!r} is not a whole number of at least 1."
             )
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm!r} is no norm above 0. Leave it out to clip nothing.")
+            raise ValueError(f"max_grad_norm={max_grad_norm!r} is not above 0. Leave it out to clip nothing.")
         self.model = model
+        self.plugin = plugin if plugin is not None else UnslothPlugin()
         self.optimizer_config = _config("optimizer_config", optimizer_config, torch.optim.AdamW, {"lr": 2e-5})
         self.scheduler_config = _config("scheduler_config", scheduler_config, None, {})
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.max_grad_norm, self.mixed_precision = max_grad_norm, mixed_precision
         self.callbacks, self.seed = list(callbacks), seed
-        next_token = _predicts_next_token(model)
-        self._loss_fn = loss_fn or _loss_of_model
-        self._count_items = count_items or _items_of(next_token and loss_fn is None)
-        counts_tokens = count_items is not None or (next_token and loss_fn is None)
-        self.aggregation = aggregation.resolve(aggregation_method, counts_tokens)
+        shifts_labels = loss_fn is None and step.predicts_next_token(model)
+        self.loss_fn = loss_fn or step.loss_of_model
+        self.count_items = count_items or step.make_item_counter(shifts_labels)
+        self.aggregation = aggregation.resolve(aggregation_method, count_items is not None or shifts_labels)
         self.accelerator = None
-        self.epoch = self.step_in_epoch = self.global_step = 0
-        self.num_tokens = 0
-        # Of the epoch that is under way: what it was begun with, and the order where a sampler of one's own drew it.
+        self.epoch = self.step_in_epoch = self.global_step = self.num_tokens = 0
+        # Of the current epoch: what its loader was like, and the order that a custom sampler drew.
         self.epoch_facts, self.epoch_order = None, None
-        self._dealing, self._given = None, []
-
-    # ---- Setting up ----
+        self.planned, self._samples_of_pass = None, []
 
     def setup(self) -> None:
-        """Place the model, make the optimizer, and compare the ranks. `train_epoch` does it if it was not called."""
+        """Place the model, make the optimizer, and compare the ranks. All other methods call it where it was not called."""
         if self.accelerator is not None:
             return
         accelerator = Accelerator(
-            # Not told so, accelerate takes several processes on a machine without GPUs for one each.
+            # Unless told so, accelerate takes several processes on a machine without GPUs for independent ones.
             cpu=uses_cpu() or not torch.cuda.is_available(),
             mixed_precision=self.mixed_precision,
             kwargs_handlers=self.plugin.kwargs_handlers(),
         )
-        if accelerator.num_processes != topology().world_size:
-            raise ValueError(
-                f"The launcher started {topology().world_size} processes, but accelerate knows of "
-                f"{accelerator.num_processes}: something built its state too early. Make no PartialState() or "
-                "Accelerator() before MultiGPUTrainer.setup()."
-            )
+        process.check_process_count(accelerator.num_processes)
         # Device and mixed precision as always, but no DDP around the model.
         self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self._reducer = make_reducer(self.trainable, accelerator.num_processes)
-        self._reducer.broadcast_parameters()
+        self.reducer = make_reducer(self.trainable, accelerator.num_processes)
+        self.reducer.broadcast_parameters()
         self._share_buffers()
-        made = self.optimizer_config["class"](self.trainable, **self.optimizer_config["kwargs"])
-        self.optimizer, self.scheduler = accelerator.prepare_optimizer(made), None
+        optimizer = self.optimizer_config["class"](self.trainable, **self.optimizer_config["kwargs"])
+        self.optimizer, self.scheduler = accelerator.prepare_optimizer(optimizer), None
         if self.scheduler_config["class"] is not None:
-            # Not accelerate's own wrapper, which moves on by the number of processes with each step.
-            self.scheduler = self.scheduler_config["class"](made, **self.scheduler_config["kwargs"])
+            # Without accelerate's wrapper, which steps as many times as there are processes.
+            self.scheduler = self.scheduler_config["class"](optimizer, **self.scheduler_config["kwargs"])
         if accelerator.scaler is not None:
             allow_steps_without_gradients(accelerator.scaler)
-        self._monitor = Monitor(accelerator.device)
+        self.monitor = Monitor(accelerator.device)
         self.accelerator = accelerator
         agreement.compare(self._described())
         agreement.check_frozen(self.model)
 
     def _share_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0 that a model keeps, such as the running means of each rank's own samples."""
-        if self.place.world_size > 1:
+        """Give all ranks rank 0's kept buffers, such as running means, which follow each rank's own samples."""
+        if topology().world_size > 1:
             broadcast(kept_buffers(self.model).values())
 
-    @cached_property
-    def place(self) -> user_loader.Place:
-        """This rank among the others."""
-        return user_loader.Place(topology().rank, topology().world_size)
-
     def _described(self) -> dict[str, Any]:
-        """What has to be the same on all ranks."""
+        """Return what must be the same on all ranks."""
         described = agreement.describe_setup(self.model, self.plugin)
         for name, config in (("optimizer", self.optimizer_config), ("scheduler", self.scheduler_config)):
             described[f"class of the {name}"] = str(config["class"])
-            described |= {f"{key} of the {name}": _text(value) for key, value in config["kwargs"].items()}
-        return described | {
-            "aggregation_method": self.aggregation.method.value,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "max_grad_norm": self.max_grad_norm,
-            "seed": self.seed,
-        }
-
-    # ---- Training ----
+            for key, value in config["kwargs"].items():
+                # Of a function only its name: its text holds an address in memory.
+                described[f"{key} of the {name}"] = getattr(value, "__qualname__", None) or repr(value)
+        described |= {name: getattr(self, name) for name in ("gradient_accumulation_steps", "max_grad_norm", "seed")}
+        return described | {"aggregation_method": self.aggregation.method.value}
 
     def train_epoch(
         self, dataloader: DataLoader, max_steps: int | None = None, lengths: Sequence[int] | None = None
     ) -> EpochStats:
         """
-        Train on every sample of a loader once, from where the epoch stands.
+        Train on every sample of a loader once, from the current position of the epoch.
 
         Args:
             dataloader ([`~torch.utils.data.DataLoader`]):
-                Of the whole data set, the same on every rank. Its batch size is that of one micro-batch on one rank. A
-                shuffle is that of `seed`, whatever generator the loader has. A sampler of one's own draws once for all
-                ranks, on rank 0, and its batches are taken by turns, as those of a stream are.
-            max_steps (`int`, *optional*): Stop after so many optimizer steps; the next call goes on there.
+                The loader of the whole dataset, the same on every rank. Its batch size is that of one micro-batch on one
+                rank. A shuffle uses `seed`, whatever generator the loader has. A custom sampler draws once for all ranks, on
+                rank 0, and its batches are assigned round-robin, as those of a stream are.
+            max_steps (`int`, *optional*): Stop after so many optimizer steps; the next call continues there.
             lengths (`Sequence[int]`, *optional*): Tokens of each sample; by default those of a column `input_ids`.
 
         Returns:
@@ -208,72 +187,144 @@ class MultiGPUTrainer(EpochMixin, StepMixin, EvaluationMixin):
 
         Raises:
             FloatingPointError: if a loss or gradient is not finite on some rank, unless `on_nonfinite="skip"`.
-            ValueError: for a loader that is dealt already, that differs between ranks, or that is not the one that the
-                epoch was begun with.
+            ValueError: for a loader that is already split, differs between ranks, or is not the one that the epoch was
+                begun with.
         """
         self.setup()
         self.model.train()
         began_s, first_step, first_token = time.perf_counter(), self.global_step, self.num_tokens
         loss, weight, samples = 0.0, 0.0, 0
         agreement.compare({"max_steps": max_steps, "epoch": self.epoch, "step of the epoch": self.step_in_epoch})
-        epochs = self._begin(dataloader, lengths)
+        epochs = epoch.begin(self, dataloader, lengths)
         stream = epochs.steps(self.epoch, self.step_in_epoch, self.epoch_order)
-        while max_steps is None or self.global_step - first_step < max_steps:
-            self._monitor.begin_step()
+        ended = False
+        while not ended and (max_steps is None or self.global_step - first_step < max_steps):
+            self.monitor.begin_step()
             batches = next(stream, None)
-            totals = self._step(batches)
-            if totals is None:  # no rank has any data left
-                self._close_epoch()
-                break
+            totals = step.run(self, batches)
+            ended = totals is None
             samples += sum(len(batch.samples) for batch in batches or ())
-            share = self._share(totals)
-            loss, weight = loss + (float(totals.loss) * share if share else 0.0), weight + share
-        else:
-            if self._is_over(epochs, stream):
-                self._close_epoch()
+            if not ended and not totals.nonfinite_ranks and totals.items:  # a step that is skipped has no loss
+                by_tokens = self.aggregation.method is AggregationMethod.TOKEN_MEAN
+                step_weight = float(totals.items) if by_tokens else 1.0
+                loss, weight = loss + float(totals.loss) * step_weight, weight + step_weight
+        if ended or epoch.is_over(self, epochs, stream):
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self._share_buffers()
-        ranks = self._shares(samples)
+        counts = channel().gather("samples of the epoch", samples)
+        readings = self.monitor.read(self.global_step)
         return EpochStats(
             loss=loss / weight if weight else float("nan"),
             num_tokens=self.num_tokens - first_token,
-            num_samples=sum(rank.num_samples for rank in ranks),
+            num_samples=sum(counts),
             num_steps=self.global_step - first_step,
             elapsed_s=time.perf_counter() - began_s,
-            ranks=ranks,
+            ranks=tuple(RankShare(r.tokens, count, r.own_s) for r, count in zip(readings, counts, strict=True)),
         )
 
-    def _shares(self, samples: int) -> tuple[RankShare, ...]:
-        """What each rank did since the last call."""
-        counts = channel().gather("samples of the epoch", samples)
-        readings = self._monitor.read(self.global_step)
-        return tuple(
-            RankShare(reading.tokens, count, reading.own_s) for reading, count in zip(readings, counts, strict=True)
-        )
+    def batches(self, dataloader: DataLoader) -> Iterator[Any]:
+        """
+        Yield this rank's batches of a loader, on its device, each sample on one rank: for a custom evaluation.
 
-    # ---- Checkpoints ----
+        Args:
+            dataloader ([`~torch.utils.data.DataLoader`]):
+                The loader of the whole dataset, the same on every rank. What its `drop_last` would leave out is included.
+
+        Example:
+
+        ```python
+        scores = [score for batch in trainer.batches(loader) for score in judge(model, batch)]
+        scores = trainer.gather(scores)  # of the whole dataset, in its order, on every rank
+        ```
+        """
+        self.setup()
+        self._samples_of_pass = []
+        for batch in self._local_batches(dataloader):
+            self._samples_of_pass += batch.samples
+            yield send_to_device(batch.inputs, self.accelerator.device)
+
+    def _local_batches(self, dataloader: DataLoader) -> Iterator[user_loader.LocalBatch]:
+        return user_loader.for_evaluation(dataloader, topology(), self.plugin.balance_tokens, epoch.draw_on_rank_0)
+
+    def gather(self, results: Sequence | torch.Tensor) -> list | torch.Tensor:
+        """
+        Return the results of all ranks, one per sample, in the order of the dataset and without repeats, on every rank.
+
+        Args:
+            results (`Sequence` or `torch.Tensor`):
+                This rank's results, one for each sample of the last [`MultiGPUTrainer.batches`], in that order.
+
+        Returns:
+            `list`, or `torch.Tensor` of shape `(samples, ...)` on the CPU if tensors were given.
+
+        Raises:
+            ValueError: if there are more or fewer results than samples.
+        """
+        samples = self._samples_of_pass
+        if len(results) != len(samples):
+            raise ValueError(
+                f"gather() got {len(results)} results, but the last pass gave rank {topology().rank} {len(samples)} samples. "
+                "Pass one result for each, in the order of batches()."
+            )
+        own = [result.detach().cpu() if isinstance(result, torch.Tensor) else result for result in results]
+        everyone = gather_object(list(zip(samples, own, strict=True)))
+        ordered = [result for _, result in sorted(everyone, key=lambda pair: pair[0])]
+        return torch.stack(ordered) if ordered and isinstance(ordered[0], torch.Tensor) else ordered
+
+    @torch.no_grad()
+    def evaluate(self, dataloader: DataLoader) -> dict[str, float]:
+        """
+        Return the mean loss over a loader: over its tokens for `TOKEN_MEAN`, else over its samples; nan if nothing has a loss.
+
+        Args:
+            dataloader ([`~torch.utils.data.DataLoader`]): The loader of the whole dataset, the same on every rank.
+
+        Returns:
+            `dict` with `eval_loss`, `eval_samples` and `eval_runtime` (seconds), the same on every rank.
+        """
+        self.setup()
+        was_training, began_s = self.model.training, time.perf_counter()
+        self.model.eval()
+        loss, weight, samples = 0.0, 0, 0
+        for batch in self._local_batches(dataloader):
+            samples += len(batch.samples)
+            items = self.count_items(batch.inputs)
+            if items:
+                by_tokens = self.aggregation.method is AggregationMethod.TOKEN_MEAN
+                batch_weight = items if by_tokens else len(batch.samples)
+                inputs = send_to_device(batch.inputs, self.accelerator.device)
+                loss += float(self.loss_fn(self.model, inputs)) * batch_weight
+                weight += batch_weight
+        self.model.train(was_training)
+        losses, weights, counts = zip(*channel().gather("evaluation", [loss, weight, samples]), strict=True)
+        return {
+            "eval_loss": sum(losses) / sum(weights) if any(weights) else float("nan"),
+            "eval_samples": sum(counts),
+            "eval_runtime": time.perf_counter() - began_s,
+        }
 
     def save_checkpoint(self, folder: str | Path) -> Path:
         """
-        Write what is trained, the optimizer, the schedule and where the epoch stands: complete, or not at all.
+        Write what is trained, the optimizer, the schedule and the position in the epoch: complete, or not at all.
 
         Args:
-            folder (`str` or `Path`): The checkpoint; one that is there is replaced.
+            folder (`str` or `Path`): Folder of the checkpoint; an older checkpoint there is replaced.
         """
         self.setup()
-        return state.save(self, Path(folder))
+        return checkpoint.save(self, Path(folder))
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """
-        Go on from a checkpoint, on any number of processes with the same effective batch.
+        Continue from a checkpoint, on any number of processes with the same effective batch.
 
         Args:
             folder (`str` or `Path`): What [`MultiGPUTrainer.save_checkpoint`] wrote.
 
         Raises:
-            ValueError: if it is damaged, or of another training.
+            ValueError: if the checkpoint is damaged, or from another training.
         """
         self.setup()
-        state.load(self, Path(folder))
+        checkpoint.load(self, Path(folder))
 
 
 def _config(name: str, given: Mapping[str, Any] | None, default, kwargs: dict) -> dict[str, Any]:
@@ -282,33 +333,3 @@ def _config(name: str, given: Mapping[str, Any] | None, default, kwargs: dict) -
     if not isinstance(given, Mapping) or not callable(given.get("class")) or set(given) - {"class", "kwargs"}:
         raise ValueError(f'{name}={given!r} is not known; give {{"class": a class, "kwargs": its arguments}}.')
     return {"class": given["class"], "kwargs": dict(given.get("kwargs", {}))}
-
-
-def _text(value: Any) -> str:
-    """Of a function only what it is called: its own text holds an address in memory."""
-    return getattr(value, "__qualname__", None) or repr(value)
-
-
-def _predicts_next_token(model: torch.nn.Module) -> bool:
-    """Whether the model's own loss is transformers' for causal language models, which shifts its labels."""
-    while hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return getattr(model, "loss_type", None) == "ForCausalLM"
-
-
-def _items_of(shifted: bool) -> Callable[[Any], int]:
-    def count(batch: Any) -> int:
-        return count_items(batch, shifted) if isinstance(batch, Mapping) else len(batch)
-
-    return count
-
-
-def _loss_of_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"A batch is a {type(batch).__name__}, and model(**batch) needs a dict. Pass loss_fn=, a function of model and batch."
-        )
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError(f"The model gave no loss for a batch of {', '.join(batch)}. Add labels, or pass loss_fn=.")
-    return loss

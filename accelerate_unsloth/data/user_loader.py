@@ -1,51 +1,49 @@
-"""A user's own DataLoader, dealt over the ranks: who gets which of its samples, and what they were."""
+"""
+A user's DataLoader, split over the ranks: which rank gets which of its samples, and the index of each.
+
+Batches that PyTorch forms in order or shuffled are formed again from a seed, so that an effective batch does not depend on
+the number of processes. Batches of a custom sampler or a stream stay as they are and are assigned round-robin. Cost: a
+stream is read on every rank, the batches of the other ranks included.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from ..launch.topology import Topology
 from .lengths import lengths_of
-from .loader import MicroStep, PlannedDataLoader, worker_seeding
-from .loader_order import as_drawn, draw, order_of
+from .loader import PlannedDataLoader, worker_seeding
 from .packing import RowCost
 from .sampler import EffectiveBatchSampler, EvaluationSampler
 
-
-@dataclass(frozen=True)
-class Place:
-    """Which rank of how many; both come in as numbers, so that dealing can be looked at without processes."""
-
-    rank: int
-    world_size: int
+# Options of a loader that those made from it take over.
+_OPTIONS = ("num_workers", "pin_memory", "timeout", "multiprocessing_context", "prefetch_factor", "persistent_workers")
 
 
 @dataclass
-class DealtBatch:
-    """A micro-batch of this rank, and the places of its samples in the order of the whole data set."""
+class LocalBatch:
+    """A micro-batch of this rank."""
 
-    inputs: Any
-    samples: list
+    inputs: Any  # as the loader collates it
+    samples: list  # index of each sample, or (number of the batch, row) where samples have no index
 
 
-class PlannedEpochs:
+class SeededEpochs:
     """
-    Epochs formed anew from a seed, in effective batches that do not depend on the number of processes.
-
-    Args:
-        loader ([`~torch.utils.data.DataLoader`]): Of the whole data set.
-        sampler ([`EffectiveBatchSampler`]): Of this rank.
+    Epochs formed from a seed, in effective batches that do not depend on the number of processes.
 
     Attributes:
-        facts (`dict`): What a run that goes on inside of an epoch has to have in common with the one that began it.
+        facts (`dict`): What must be equal when a run continues in the middle of an epoch.
     """
 
     def __init__(self, loader: DataLoader, sampler: EffectiveBatchSampler):
-        self.accumulation = sampler.accumulation
+        self._accumulation = sampler.accumulation
         self._loader = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader, sampler.rank))
         lengths = None if sampler.lengths is None else np.ascontiguousarray(sampler.lengths, dtype=np.int64)
         self.facts = {
@@ -57,227 +55,264 @@ class PlannedEpochs:
         }
 
     def draw(self) -> None:
-        """The order is the seed's."""
+        """Draw nothing: the order follows from the seed."""
 
     def num_steps(self, order: None) -> int:
+        """Return the optimizer steps of an epoch."""
         return self._loader.batch_sampler.num_steps
 
-    def steps(self, epoch: int, first_step: int, order: None) -> Iterator[list[DealtBatch]]:
-        """The micro-batches of this rank in each optimizer step from `first_step` on."""
+    def steps(self, epoch: int, first_step: int, order: None) -> Iterator[list[LocalBatch]]:
+        """Yield this rank's micro-batches of each optimizer step from `first_step` on."""
         self._loader.batch_sampler.first_step = first_step
         self._loader.set_epoch(epoch)
-        stream = iter(self._loader)
-        while slots := list(islice(stream, self.accumulation)):
-            yield _micro_batches(slots)
+        for micro_steps in _grouped(self._loader, self._accumulation):
+            pairs = (zip(micro_step, micro_step.samples, strict=True) for micro_step in micro_steps)
+            yield [LocalBatch(inputs, samples) for batches in pairs for inputs, samples in batches]
 
 
-class DrawnEpochs:
+class RoundRobinEpochs:
     """
-    Epochs whose batches a sampler of one's own draws, once for all ranks, taken by turns.
+    Epochs whose batches stay as a sampler or a stream makes them, assigned to the ranks round-robin.
 
-    Args:
-        loader ([`~torch.utils.data.DataLoader`]): Of the whole data set.
-        place ([`Place`]): This rank.
-        accumulation (`int`): Micro-batches of an optimizer step on each rank.
+    Attributes:
+        facts (`dict`): What must be equal when a run continues in the middle of an epoch.
     """
 
-    def __init__(self, loader: DataLoader, place: Place, accumulation: int):
-        self._dealt, self._place = loader, place
-        self._turns = place.world_size * accumulation
-        self.accumulation = accumulation
-        self.facts = {"order of the samples": "drawn", "micro-batches of a step": self._turns}
-        if hasattr(loader.dataset, "__len__"):
+    def __init__(self, loader: DataLoader, topology: Topology, accumulation: int, order: str):
+        self._given_loader, self._topology, self._accumulation = loader, topology, accumulation
+        self._is_stream, self._batches_per_step = order == "stream", topology.world_size * accumulation
+        self.facts = {"order of the samples": order, "micro-batches of a step": self._batches_per_step}
+        if self._is_stream:
+            self.facts["batch_size"] = loader.batch_size
+        elif hasattr(loader.dataset, "__len__"):
             self.facts["samples"] = len(loader.dataset)
 
-    def draw(self) -> list:
-        return draw(self._dealt)
+    def draw(self) -> list[list] | None:
+        """Draw the order of one epoch from the sampler; the order of a stream is its own."""
+        return None if self._is_stream else draw(self._given_loader)
 
-    def num_steps(self, order: list) -> int:
-        return -(-len(order) // self._turns)
+    def num_steps(self, order: list[list] | None) -> int | None:
+        """Return the optimizer steps of an epoch; nobody knows those of a stream."""
+        return None if order is None else -(-len(order) // self._batches_per_step)
 
-    def steps(self, epoch: int, first_step: int, order: list) -> Iterator[list[DealtBatch]]:
-        left = as_drawn(self._dealt, order[first_step * self._turns :])
-        stream = _load(self._dealt, left[self._place.rank :: self._place.world_size], self._place.rank)
-        while batches := list(islice(stream, self.accumulation)):
-            yield batches
-
-
-class StreamedEpochs:
-    """Epochs of a loader that gives the same batches on every rank, taken by turns; what is done is read again."""
-
-    def __init__(self, loader: DataLoader, place: Place, accumulation: int):
-        self._stream, self._place = loader, place
-        self.accumulation = accumulation
-        turns = place.world_size * accumulation
-        self.facts = {
-            "order of the samples": "stream",
-            "micro-batches of a step": turns,
-            "batch_size": loader.batch_size,
-        }
-
-    def draw(self) -> None:
-        """The order is the stream's."""
-
-    def num_steps(self, order: None) -> None:
-        """Nobody knows before the end."""
-
-    def steps(self, epoch: int, first_step: int, order: None) -> Iterator[list[DealtBatch]]:
-        stream = _by_turns(self._stream, self._place)
-        for _ in islice(stream, first_step * self.accumulation):
-            continue
-        while batches := list(islice(stream, self.accumulation)):
-            yield batches
+    def steps(self, epoch: int, first_step: int, order: list[list] | None) -> Iterator[list[LocalBatch]]:
+        """Yield this rank's micro-batches of each optimizer step from `first_step` on; a stream is read again up to it."""
+        rank, world_size = self._topology.rank, self._topology.world_size
+        if order is None:
+            batches = islice(_read(self._given_loader, self._topology), first_step * self._accumulation, None)
+        else:
+            own = order[first_step * self._batches_per_step :][rank::world_size]
+            batches = _load(self._given_loader, own, rank)
+        return _grouped(batches, self._accumulation)
 
 
-Epochs = PlannedEpochs | DrawnEpochs | StreamedEpochs
+Epochs = SeededEpochs | RoundRobinEpochs
 
 
 def for_training(
     loader: DataLoader,
-    place: Place,
+    topology: Topology,
     accumulation: int,
     seed: int,
     balance: bool = True,
     lengths: Sequence[int] | None = None,
 ) -> Epochs:
     """
-    The epochs of a loader, as this rank takes part in them.
+    Return the epochs of a loader, as this rank takes part in them.
 
     Args:
-        loader ([`~torch.utils.data.DataLoader`]): Of the whole data set, the same on every rank.
-        place ([`Place`]): This rank.
+        loader ([`~torch.utils.data.DataLoader`]): The loader of the whole dataset, the same on every rank.
+        topology ([`Topology`]): Rank and number of processes.
         accumulation (`int`): Micro-batches of an optimizer step on each rank.
-        seed (`int`): Of the order, if the loader shuffles.
-        balance (`bool`, *optional*, defaults to `True`): Deal by tokens where lengths are known.
+        seed (`int`): Seed of the order, if the loader shuffles.
+        balance (`bool`, *optional*, defaults to `True`): Assign by tokens where lengths are known.
         lengths (`Sequence[int]`, *optional*): Tokens of each sample; by default those of a column `input_ids`.
 
     Raises:
-        ValueError: for a loader that cannot be dealt (see [`order_of`]), lengths that are not one a sample, or lengths
-            where batches stay as they are.
+        ValueError: for a loader that cannot be split (see [`order_of`]), or lengths that do not fit it.
     """
     order = order_of(loader)
-    if lengths is not None:
-        _check_lengths(lengths, loader, order)
-    if order == "stream":
-        return StreamedEpochs(loader, place, accumulation)
-    if order == "drawn":
-        return DrawnEpochs(loader, place, accumulation)
+    keeps_batches = order in ("sampler", "stream")
+    if lengths is not None and keeps_batches:
+        kind = "a stream" if order == "stream" else "a custom sampler"
+        raise ValueError(f"lengths= forms new batches, and the batches of {kind} stay as they are. Leave lengths out.")
+    if lengths is not None and len(lengths) != len(loader.dataset):
+        raise ValueError(
+            f"lengths= holds {len(lengths)} numbers for {len(loader.dataset)} samples. Pass one for each sample."
+        )
+    if keeps_batches:
+        return RoundRobinEpochs(loader, topology, accumulation, order)
     lengths = lengths_of(loader.dataset) if lengths is None else lengths
     sampler = EffectiveBatchSampler(
         len(loader.dataset),
-        world_size=place.world_size,
-        rank=place.rank,
+        world_size=topology.world_size,
+        rank=topology.rank,
         micro_batch=loader.batch_size,
         accumulation=accumulation,
         seed=seed,
         drop_last=loader.drop_last,
         strategy=order,
         lengths=lengths,
-        balance=balance and lengths is not None and place.world_size > 1,
-        cost=_cost(loader),
+        balance=balance and lengths is not None and topology.world_size > 1,
+        cost=RowCost(padded=not getattr(loader.collate_fn, "padding_free", False)),
     )
-    return PlannedEpochs(loader, sampler)
-
-
-def _check_lengths(lengths: Sequence[int], loader: DataLoader, order: str) -> None:
-    if order in ("stream", "drawn"):
-        kind = "a stream" if order == "stream" else "a sampler of your own"
-        raise ValueError(
-            f"lengths= deals samples anew, and the batches of {kind} stay as they are. Leave lengths out."
-        )
-    if len(lengths) != len(loader.dataset):
-        raise ValueError(
-            f"lengths= holds {len(lengths)} numbers for {len(loader.dataset)} samples. Pass one for each."
-        )
+    return SeededEpochs(loader, sampler)
 
 
 def for_evaluation(
     loader: DataLoader,
-    place: Place,
+    topology: Topology,
     balance: bool = True,
     share: Callable[[Callable[[], list]], list] = lambda draw: draw(),
-) -> Iterator[DealtBatch]:
+) -> Iterator[LocalBatch]:
     """
-    This rank's batches of a loader, each sample on one rank and once, those that `drop_last` would leave out too.
+    Yield this rank's batches of a loader: each sample once and on one rank, those that `drop_last` would leave out too.
 
     Args:
-        loader ([`~torch.utils.data.DataLoader`]): Of the whole data set, the same on every rank.
-        place ([`Place`]): This rank.
-        balance (`bool`, *optional*, defaults to `True`): Put like lengths together where they are known.
-        share (`Callable`, *optional*): Takes a function that draws an order, and gives what rank 0 has drawn.
+        loader ([`~torch.utils.data.DataLoader`]): The loader of the whole dataset, the same on every rank.
+        topology ([`Topology`]): Rank and number of processes.
+        balance (`bool`, *optional*, defaults to `True`): Put similar lengths into one batch where they are known.
+        share (`Callable`, *optional*): `share(draw)` returns on every rank what `draw()` returned on rank 0.
     """
-    order = order_of(loader)
+    order, rank = order_of(loader), topology.rank
     if order == "stream":
-        yield from _by_turns(loader, place)
-        return
-    if order == "drawn":
-        batches = _without_repeats(as_drawn(loader, share(lambda: draw(loader))))
-        yield from _load(loader, batches[place.rank :: place.world_size], place.rank)
-        return
-    lengths = lengths_of(loader.dataset) if balance else None
-    sampler = EvaluationSampler(len(loader.dataset), place.world_size, place.rank, loader.batch_size, lengths)
-    planned = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader, place.rank))
-    for samples, inputs in zip(sampler, planned, strict=True):
-        yield DealtBatch(inputs, samples)
+        yield from _read(loader, topology)
+    elif order == "sampler":
+        batches = _without_repeats(share(lambda: draw(loader)))
+        yield from _load(loader, batches[rank :: topology.world_size], rank)
+    else:
+        lengths = lengths_of(loader.dataset) if balance else None
+        sampler = EvaluationSampler(len(loader.dataset), topology.world_size, rank, loader.batch_size, lengths)
+        planned = PlannedDataLoader(loader.dataset, sampler, loader.collate_fn, **_options(loader, rank))
+        for samples, inputs in zip(sampler, planned, strict=True):
+            yield LocalBatch(inputs, samples)
 
 
-def _load(loader: DataLoader, indices: list, rank: int) -> Iterator[DealtBatch]:
-    """The batches that `indices` name, as `loader` makes them."""
+def order_of(loader: DataLoader) -> str:
+    """
+    Return who decides the order of a loader's samples.
+
+    Args:
+        loader ([`~torch.utils.data.DataLoader`]): The loader of the whole dataset.
+
+    Returns:
+        `str`: `"sequential"` or `"random"` where PyTorch forms the batches, so that a seed can form them again; `"sampler"`
+        where a custom sampler names the samples, or the dataset holds batches; `"stream"` where only reading tells.
+
+    Raises:
+        ValueError: if the loader holds one rank's part of the data, or its sampler has no length.
+
+    Example:
+
+    ```python
+    >>> from torch.utils.data import DataLoader
+    >>> from accelerate_unsloth.data.user_loader import order_of
+    >>> order_of(DataLoader([1, 2, 3], batch_size=2, shuffle=True))
+    'random'
+    ```
+    """
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"A {type(loader).__name__} was given as a loader. Pass a torch.utils.data.DataLoader.")
+    _check_whole(loader)
+    has_own_iteration = type(loader).__iter__ is not DataLoader.__iter__  # whose batches only it can make
+    if has_own_iteration or isinstance(loader.dataset, IterableDataset):
+        return "stream"
+    sampler = loader.sampler
+    if loader.batch_size is not None and hasattr(loader.dataset, "__len__"):
+        if type(sampler) is SequentialSampler:
+            return "sequential"
+        if type(sampler) is DistributedSampler:  # a part for each rank, but of an order that is known
+            return "random" if sampler.shuffle else "sequential"
+        if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(loader.dataset):
+            return "random"
+    source = sampler if loader.batch_sampler is None else loader.batch_sampler
+    try:
+        len(source)
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{type(source).__name__} has no length, so the end of an epoch is unknown. Give the sampler a __len__, or "
+            "read the samples from an IterableDataset."
+        ) from error
+    return "sampler"
+
+
+def _check_whole(loader: DataLoader) -> None:
+    """Raise an error if a loader holds the part of one rank."""
+    sampler = loader.sampler
+    if loader.batch_size is None and loader.batch_sampler is not None:  # a custom batch sampler
+        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    is_part = (
+        isinstance(loader, DataLoaderDispatcher)
+        or isinstance(loader.batch_sampler, BatchSamplerShard)
+        or isinstance(loader.dataset, IterableDatasetShard)
+        or getattr(loader.dataset, "_distributed", None) is not None  # datasets.distributed.split_dataset_by_node
+    )
+    if hasattr(sampler, "num_replicas") or hasattr(sampler, "rank"):
+        known = type(sampler) is DistributedSampler and sampler is loader.sampler
+        is_part = is_part or not known or len(sampler.dataset) != len(loader.dataset)
+    if is_part:
+        raise ValueError(
+            f"This loader is already split over the ranks ({type(loader).__name__} with {type(sampler).__name__}), and "
+            "MultiGPUTrainer splits it itself. Pass the loader of the whole dataset, as it was before Accelerator.prepare() "
+            "and without a sampler that knows the rank."
+        )
+
+
+def draw(loader: DataLoader) -> list[list]:
+    """Draw one epoch's batches of indices from the loader's own sampler; of one index each where the dataset holds batches."""
+    batches = ([index] for index in loader.sampler) if loader.batch_sampler is None else loader.batch_sampler
+    # NumPy's and PyTorch's integers become plain ones.
+    return [[int(index) if hasattr(index, "__index__") else index for index in batch] for batch in batches]
+
+
+def _load(loader: DataLoader, order: list[list], rank: int) -> Iterator[LocalBatch]:
+    """Yield the batches of these indices, as `loader` makes them."""
     options = _options(loader, rank) | {"persistent_workers": False, "collate_fn": loader.collate_fn}
+    # Where an order comes from JSON, indices that are tuples have become lists.
+    batches = [[tuple(index) if isinstance(index, list) else index for index in batch] for batch in order]
     if loader.batch_sampler is None:
-        for index, inputs in zip(indices, DataLoader(loader.dataset, None, sampler=indices, **options), strict=True):
-            yield DealtBatch(inputs, [(index, row) for row in range(_rows(inputs))])
-        return
-    for batch, inputs in zip(indices, DataLoader(loader.dataset, batch_sampler=indices, **options), strict=True):
-        yield DealtBatch(inputs, batch)
+        indices = [index for [index] in batches]
+        loaded = DataLoader(loader.dataset, batch_size=None, sampler=indices, **options)
+        for index, inputs in zip(indices, loaded, strict=True):
+            yield LocalBatch(inputs, [(index, row) for row in range(_rows(inputs))])
+    else:
+        loaded = DataLoader(loader.dataset, batch_sampler=batches, **options)
+        for samples, inputs in zip(batches, loaded, strict=True):
+            yield LocalBatch(inputs, samples)
 
 
-def _without_repeats(order: list) -> list:
-    """The same batches, each index only where it comes first."""
+def _without_repeats(order: list[list]) -> list[list]:
+    """Return the same batches with each index only where it comes first."""
     seen, kept = set(), []
-    for entry in order:
-        batch = entry if isinstance(entry, list) else [entry]
+    for batch in order:
         new = [index for index in dict.fromkeys(batch) if index not in seen]
         seen.update(new)
-        if new:
-            kept.append(new if isinstance(entry, list) else entry)
+        kept += [new] if new else []
     return kept
 
 
-def _by_turns(loader: DataLoader, place: Place) -> Iterator[DealtBatch]:
-    """Every N-th batch. Samples are pairs: the batch in the order of the loader, and the row in it."""
-    for turn, inputs in enumerate(loader):
-        if turn % place.world_size == place.rank:
-            yield DealtBatch(inputs, [(turn, row) for row in range(_rows(inputs))])
+def _read(loader: DataLoader, topology: Topology) -> Iterator[LocalBatch]:
+    """Read a stream and yield this rank's batches of it."""
+    for number, inputs in enumerate(loader):
+        if number % topology.world_size == topology.rank:
+            yield LocalBatch(inputs, [(number, row) for row in range(_rows(inputs))])
 
 
-def _micro_batches(micro_steps: Sequence[MicroStep]) -> list[DealtBatch]:
-    """What a rank does in the micro-steps of one optimizer step."""
-    return [
-        DealtBatch(inputs, samples) for step in micro_steps for inputs, samples in zip(step, step.samples, strict=True)
-    ]
+def _grouped(entries: Iterable, size: int) -> Iterator[list]:
+    """Yield lists of `size` entries; the last one may be shorter."""
+    stream = iter(entries)
+    while group := list(islice(stream, size)):
+        yield group
 
 
 def _rows(inputs: Any) -> int:
-    """Samples of a collated batch: the length of its first tensor or list, or of itself."""
+    """Count the samples of a collated batch: the length of its first tensor or list, or of itself."""
     if isinstance(inputs, Mapping):
         return next((len(v) for v in inputs.values() if hasattr(v, "__len__") and not isinstance(v, str)), 1)
     return len(inputs[0]) if isinstance(inputs, list | tuple) and hasattr(inputs[0], "shape") else len(inputs)
 
 
-def _cost(loader: DataLoader) -> RowCost:
-    return RowCost(padded=not getattr(loader.collate_fn, "padding_free", False))
-
-
 def _options(loader: DataLoader, rank: int) -> dict[str, Any]:
     """Return the options of a user's loader; workers without a `worker_init_fn` are seeded by rank."""
-    names = (
-        "num_workers",
-        "pin_memory",
-        "timeout",
-        "multiprocessing_context",
-        "prefetch_factor",
-        "persistent_workers",
-    )
-    options = {name: getattr(loader, name) for name in names}
+    options = {name: getattr(loader, name) for name in _OPTIONS}
     return options | {"worker_init_fn": loader.worker_init_fn or worker_seeding(loader.num_workers, rank)}

@@ -57,6 +57,25 @@ def locate() -> None:
     connected.topology = place
 
 
+def check_process_count(known: int) -> None:
+    """
+    Make sure that accelerate knows all processes of the launch.
+
+    Args:
+        known (`int`): The accelerator's `num_processes`.
+
+    Raises:
+        ValueError: if it knows another number.
+    """
+    launched = topology().world_size
+    if launched != known:
+        raise ValueError(
+            f"The launcher started {launched} processes, but accelerate knows {known}: something created its state too early, "
+            "without knowing that the launch uses the CPU. Create no PartialState() or Accelerator() before the trainer's "
+            "arguments or MultiGPUTrainer.setup(), or pass cpu=True to it."
+        )
+
+
 def close_process_group_at_exit() -> None:
     """
     Take the process group down in order when the process ends, as PyTorch asks for.

@@ -6,7 +6,7 @@ from ..engines.loaded import choice
 from accelerate.utils import DistributedType
 
 from ..data.prepare import check_not_empty
-from ..launch.topology import topology
+from ..launch.process import check_process_count
 from .adapter import METRICS
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -19,13 +19,7 @@ def check_launch(trainer) -> None:
     Raises:
         ValueError: if not.
     """
-    launched, known = topology().world_size, trainer.accelerator.num_processes
-    if launched != known:
-        raise ValueError(
-            f"The launcher started {launched} processes, but accelerate knows of {known}: something built its state "
-            "too early, without knowing of the CPU. Make no PartialState() or Accelerator() before the trainer's "
-            "arguments, or pass cpu=True to it."
-        )
+    check_process_count(trainer.accelerator.num_processes)
     shards = getattr(trainer.args, "context_parallel_size", None) or 1
     if shards > 1:
         raise ValueError(

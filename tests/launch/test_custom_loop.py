@@ -1,4 +1,4 @@
-"""Loops of one's own: the same steps on any number of processes, however a user's DataLoader is dealt."""
+"""Custom training loops: the same steps on any number of processes, whatever the user's DataLoader."""
 
 import json
 import math
@@ -181,7 +181,7 @@ def test_an_error_of_a_sampler_of_rank_0_ends_all_with_one_message(tmp_path):
     assert finished.output.count("RuntimeError: this sampler is broken") == 1, finished.output[-4000:]
 
 
-# ---- Refusals ----
+# ---- Errors ----
 
 
 @pytest.mark.launch
@@ -218,18 +218,18 @@ def loss_fn(model, batch):
         ({"aggregation_method": "median"}, "choose one of mean, sum, token_mean"),
         ({"aggregation_method": AggregationMethod.TOKEN_MEAN}, "Pass count_items"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is not a whole number"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is no norm above 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is not above 0"),
         ({"optimizer_config": {"lr": 1e-4}}, '"class": a class'),
         ({"optimizer_config": {"class": torch.optim.SGD, "kwargs": {}, "lr": 1e-4}}, '"class": a class'),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options, words):
+def test_options_that_contradict_each_other_are_rejected(options, words):
     with pytest.raises(ValueError, match=words):
         MultiGPUTrainer(model(), loss_fn=loss_fn, **options)
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True])
-def test_what_is_no_number_of_gpus_is_refused(number):
+def test_what_is_no_number_of_gpus_is_rejected(number):
     with pytest.raises(ValueError, match="is not a whole number of at least 1"):
         MultiGPUTrainer(model(), num_gpus=number, loss_fn=loss_fn)
 
@@ -247,7 +247,7 @@ def trained(**options):
 
 
 @pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(file, tmp_path):
+def test_a_damaged_checkpoint_is_rejected_before_anything_is_loaded(file, tmp_path):
     trained().save_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / file).write_bytes(b"")
     fresh = MultiGPUTrainer(model(), loss_fn=loss_fn)
@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(file, tmp_pat
         ),
     ],
 )
-def test_a_checkpoint_of_another_training_is_refused(options, words, tmp_path):
+def test_a_checkpoint_of_another_training_is_rejected(options, words, tmp_path):
     trained().save_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=words):
         MultiGPUTrainer(model(), loss_fn=loss_fn, **options).load_checkpoint(tmp_path / "checkpoint")
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_training_is_refused(options, words, tmp_path):
         (DataLoader(torch.ones(10, 2), batch_size=2), "samples=8, now 10"),
         (DataLoader(torch.ones(8, 2), batch_size=2, drop_last=True), "drop_last=False, now True"),
         (DataLoader(torch.ones(8, 2), batch_size=2, shuffle=True), "order of the samples='sequential', now 'random'"),
-        (DataLoader(torch.ones(8, 2), batch_sampler=[[0, 1], [2, 3]]), "now 'drawn'"),
+        (DataLoader(torch.ones(8, 2), batch_sampler=[[0, 1], [2, 3]]), "now 'sampler'"),
     ],
 )
 def test_an_epoch_is_ended_with_the_loader_it_was_begun_with(loader, words, tmp_path):
@@ -372,7 +372,7 @@ def test_samples_whose_labels_are_all_masked_are_no_part_of_a_mean(method, tiny_
     assert math.isnan(losses[2])
 
 
-def test_results_that_are_not_one_a_sample_are_refused():
+def test_results_that_are_not_one_per_sample_are_rejected():
     trainer = trained()
     list(trainer.batches(DataLoader(torch.ones(5, 2), batch_size=2)))
     with pytest.raises(ValueError, match="got 3 results, but the last pass gave rank 0 5 samples"):
@@ -380,12 +380,12 @@ def test_results_that_are_not_one_a_sample_are_refused():
     assert torch.equal(trainer.gather(torch.arange(5)), torch.arange(5))
 
 
-def test_a_batch_without_a_loss_is_refused_with_words():
+def test_a_batch_without_a_loss_raises_an_error_that_names_the_fix():
     with pytest.raises(ValueError, match="Pass loss_fn="):
         MultiGPUTrainer(model()).train_epoch(DataLoader(torch.ones(2, 2)))
 
 
-def test_an_epoch_is_planned_anew_when_the_data_or_the_accumulation_changes():
+def test_an_epoch_is_planned_again_when_the_data_or_the_accumulation_changes():
     rows = [torch.ones(2)] * 4
     loader = DataLoader(rows, batch_size=2)
     trainer = MultiGPUTrainer(model(), loss_fn=loss_fn)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from accelerate_unsloth.custom_loop import state
+from accelerate_unsloth.custom_loop import checkpoint
 from accelerate_unsloth.launch.channel import Channel
 from accelerate_unsloth.reliability import checkpoints, staging
 
@@ -16,7 +16,7 @@ from .test_channel import on_ranks
 def here(monkeypatch):
     """What this thread takes for the channel of its process, as `here.channel`."""
     here = threading.local()
-    for module in (staging, state):
+    for module in (staging, checkpoint):
         monkeypatch.setattr(module, "channel", lambda: here.channel)
     monkeypatch.setattr(staging, "topology", lambda: here.channel.topology)
     return here
@@ -84,7 +84,7 @@ def test_one_process_of_a_machine_reads_a_checkpoint_for_all_and_all_learn_of_da
 
     def check(channel):
         here.channel = channel
-        return state._damage_on_any_machine(tmp_path / str(channel.topology.node))
+        return checkpoint._damage_on_any_machine(tmp_path / str(channel.topology.node))
 
     monkeypatch.setattr(checkpoints, "damage", read)
     assert on_ranks(4, check, nodes=2) == ["optimizer.pt is missing (on the machine of rank 2)"] * 4

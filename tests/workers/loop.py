@@ -1,5 +1,5 @@
 """
-Trainings of the tiny model in loops of one's own, one after the other in the same processes, and what came of each.
+Trainings of the tiny model in custom loops, one after the other in the same processes, and what came of each.
 
     loop.py MODEL DATA OUT '{"name": {options}, ...}'
 """
@@ -99,7 +99,7 @@ def train(model_folder: str, data_file: str, out: Path, options: dict) -> dict:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(weights, out / f"weights{trainer.place.rank}.safetensors")
+    save_file(weights, out / f"weights{topology().rank}.safetensors")
     return {
         "logs": logs,
         "stats": [
