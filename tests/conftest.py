@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from .launching import clean_environment
+from .launching import WORKERS, clean_environment, launch
 
 # The suite itself never touches a GPU, a hub or a launcher's leftovers.
 for name in set(os.environ) - set(clean_environment()):
@@ -29,3 +29,17 @@ def uneven_data(tmp_path_factory):
     from . import tiny
 
     return tiny.make_data(tmp_path_factory.mktemp("data") / "uneven.jsonl", samples=22)
+
+
+@pytest.fixture(scope="session")
+def unsloth_once(tiny_model, uneven_data, tmp_path_factory):
+    """The folder with all that one import of the real Unsloth has left, see `workers/unsloth_once.py`."""
+    from . import tiny
+
+    folder, experts = tmp_path_factory.mktemp("unsloth"), tiny.make_mixture_of_experts(tmp_path_factory.mktemp("moe"))
+    environment = {"HF_HOME": str(folder / "cache"), "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")}
+    environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes, for a model that trains in a second
+    arguments = [tiny_model, experts, uneven_data, folder]
+    finished = launch(WORKERS / "unsloth_once.py", arguments, 1, environment, timeout_s=300, real_launcher=True)
+    assert finished.status == 0, finished.output[-4000:]
+    return folder

@@ -1,4 +1,4 @@
-"""Whether this launch is the one that a script asks for, and else the command that makes it so."""
+"""Check that this launch has as many processes as the script asks for, and show the command for it."""
 
 import os
 import shlex
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from . import configs
 from .topology import topology
 
-# The module that runs the script, for `python -m MODULE script.py`: in there nothing else tells.
+# The module that runs the script, for `python -m MODULE script.py`; the script cannot find out by itself.
 run_through: str | None = None
 
-# Where a process has no script that a launcher could start: `python -c`, a session, standard input, a notebook's kernel.
+# No file that a launcher could start: `python -c`, an interactive session, standard input, a notebook's kernel.
 _NO_SCRIPT = ("-c", "", "-", "ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
 def command(num_processes: int, config: str = "unsloth_ddp", of: Sequence[str] | None = None) -> str:
     """
-    The `accelerate launch` command for a script and its arguments; by default those that run.
+    Return the `accelerate launch` command for a script and its arguments, by default the running ones.
 
     Example:
 
@@ -32,7 +32,7 @@ def command(num_processes: int, config: str = "unsloth_ddp", of: Sequence[str] |
 
 
 def script() -> list[str]:
-    """The running script, or `-m` and the running module, with its arguments."""
+    """Return the running script, or `-m` and the running module, with its arguments."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and (spec.name == "__main__" or spec.origin != os.path.realpath(sys.argv[0])):
         spec = None  # a folder or archive, or a script that another module runs, such as cProfile
@@ -41,26 +41,13 @@ def script() -> list[str]:
     return sys.argv if spec is None else ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
-def needed(num_processes: int, visible_gpus: int) -> str:
-    """What to say to someone who asked for `num_processes` and started one."""
-    where = "" if visible_gpus else " as a dry run on the CPU, because no GPU is visible"
-    config = "unsloth_ddp" if visible_gpus else "unsloth_ddp_cpu"
-    text = f"accelerate_unsloth: num_gpus={num_processes} takes {num_processes} processes, and this "
-    if is_a_file():
-        return f"{text}script was started as 1. Start it{where} with:\n  {command(num_processes, config)}"
-    return (
-        f"{text}code runs as 1, from no file that a launcher could start. Save it as train.py, and start it{where} with:\n"
-        f"  {command(num_processes, config, ['train.py'])}"
-    )
-
-
 def is_a_file() -> bool:
-    """Whether this process runs a script or module."""
+    """Return whether this process runs a script or module."""
     return os.path.basename(script()[0]) not in _NO_SCRIPT
 
 
 def show(visible_gpus: int) -> None:
-    """Say in one line how to use all GPUs, if this process uses one of several and no launcher started it."""
+    """Print how to use all GPUs, if this process uses one of several and no launcher started it."""
     if visible_gpus > 1 and topology().world_size == 1 and "RANK" not in os.environ:
         of = None if is_a_file() else ["train.py"]
         print(f"accelerate_unsloth: training on 1 of {visible_gpus} GPUs; to use all: {command(visible_gpus, of=of)}")
@@ -68,34 +55,23 @@ def show(visible_gpus: int) -> None:
 
 def check_launch(num_gpus: int | None, world_size: int, launched: bool, visible_gpus: int) -> bool:
     """
-    Compare `num_gpus` with what is there.
+    Return whether this process can go on; if not, a launcher has to start the script.
 
     Args:
-        num_gpus (`int`, *optional*): Processes asked for; `None` takes any launch as it is.
+        num_gpus (`int`, *optional*): Processes asked for; `None` accepts any launch.
         world_size (`int`): Processes of this launch.
-        launched (`bool`): Whether a launcher started this process as one of several.
-        visible_gpus (`int`): GPUs that this process can see.
-
-    Returns:
-        `bool`: whether this process can go on; if not, it has to be started by a launcher.
+        launched (`bool`): Whether a launcher started this process.
+        visible_gpus (`int`): GPUs that this process sees.
 
     Raises:
         ValueError: for a launch of another size, or fewer visible GPUs than asked for.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.launch.command import check_launch
-    >>> check_launch(4, world_size=1, launched=False, visible_gpus=8)
-    False
-    ```
     """
     if num_gpus is None:
         return True
     if launched and num_gpus != world_size:
         raise ValueError(
             f"num_gpus={num_gpus} was asked for, but this launch has {world_size} process(es). Launch with "
-            f"--num_processes {num_gpus}, or leave num_gpus out to take the launch as it is."
+            f"--num_processes {num_gpus}, or leave num_gpus out to accept the launch as it is."
         )
     if not launched and 0 < visible_gpus < num_gpus:
         raise ValueError(
@@ -116,6 +92,20 @@ def require(num_gpus: int | None, visible_gpus: int) -> None:
     if num_gpus is not None and (not isinstance(num_gpus, int) or isinstance(num_gpus, bool) or num_gpus < 1):
         raise ValueError(f"num_gpus={num_gpus!r} is not a whole number of at least 1. Give one, or leave it out.")
     launched = topology().world_size > 1 or "RANK" in os.environ
-    if not check_launch(num_gpus, topology().world_size, launched, visible_gpus):
-        print(needed(num_gpus, visible_gpus), file=sys.stderr)
-        raise SystemExit(2)
+    if check_launch(num_gpus, topology().world_size, launched, visible_gpus):
+        return
+    config, where = "unsloth_ddp", ""
+    if not visible_gpus:
+        config, where = "unsloth_ddp_cpu", " as a dry run on the CPU, because no GPU is visible"
+    began, of = f"script was started as 1. Start it{where} with:", None
+    if not is_a_file():
+        began = (
+            f"code runs as 1, from no file that a launcher could start. Save it as train.py, and start it{where} with:"
+        )
+        of = ["train.py"]
+    print(
+        f"accelerate_unsloth: num_gpus={num_gpus} needs {num_gpus} processes, and this {began}\n"
+        f"  {command(num_gpus, config, of)}",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)

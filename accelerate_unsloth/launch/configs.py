@@ -6,7 +6,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
-    """Where the files are: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the files: inside the installed package, or next to it in a checkout."""
     installed = _PACKAGE / "accelerate_configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "accelerate_configs"
 
@@ -17,10 +17,7 @@ def names() -> list[str]:
 
 def path(name: str) -> Path:
     """
-    The file of one configuration.
-
-    Args:
-        name (`str`): Its name, with or without `.yaml`.
+    Return the file of one configuration, named with or without `.yaml`.
 
     Raises:
         ValueError: if there is no such configuration.
@@ -40,28 +37,7 @@ def path(name: str) -> Path:
 
 
 def launcher(name: str, num_processes: int, port: int = 0) -> list[str]:
-    """
-    `accelerate launch` with the file of one configuration, as options of Python.
-
-    Args:
-        name (`str`): Of the configuration.
-        num_processes (`int`): Processes on all machines.
-        port (`int`, *optional*, defaults to `0`): For the rendezvous of several processes; `0` takes a free one.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.launch import configs
-    >>> configs.launcher("unsloth_ddp", 2)[:2]
-    ['-m', 'accelerate.commands.launch']
-    ```
-    """
-    words = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(path(name)),
-        "--num_processes",
-        str(num_processes),
-    ]
+    """Return Python's arguments for `accelerate launch` with a bundled file; port 0 uses a free one."""
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(path(name))]
+    words += ["--num_processes", str(num_processes)]
     return words if num_processes == 1 else [*words, "--main_process_port", str(port)]

@@ -1,8 +1,6 @@
 """The Trainer's checkpoints, written by several processes and complete or invisible; resume from the newest."""
 
 import functools
-import json
-import math
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from ..launch.channel import channel
 from ..patches import Ledger
 from ..reliability import checkpoints, rank0_writes, staging, stock_checkpoints
 from .guards import check_weights_are_equal
+from .resume import check_effective_batch, newest_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -29,22 +28,25 @@ class CheckpointMixin:
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        As the Trainer's, and `resume_from_checkpoint="auto"` goes on from the newest complete checkpoint if there is one,
-        whether this trainer or the stock one wrote it.
+        Train as the Trainer does. `resume_from_checkpoint="auto"` resumes from the newest complete checkpoint if there is
+        one, whether this trainer or the stock one wrote it.
 
         Raises:
             ValueError: for `resume_from_checkpoint=True` without a complete checkpoint.
         """
         if resume_from_checkpoint in ("auto", True):
-            found = self._newest_checkpoint()
+            found = newest_checkpoint(Path(self.args.output_dir))
             if found is None and resume_from_checkpoint is True:
                 raise ValueError(
                     f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint. Use 'auto' "
                     "to start from the beginning in that case."
                 )
             resume_from_checkpoint = found
-        if resume_from_checkpoint:  # False is as None, as with the Trainer
-            self._check_effective_batch(Path(resume_from_checkpoint))
+        if resume_from_checkpoint and not self.args.ignore_data_skip:  # False is as None, as with the Trainer
+            data, args = self.train_dataset, self.args
+            samples = len(data) if hasattr(data, "__len__") else None
+            place = self.effective_batch, args.gradient_accumulation_steps, samples, args.dataloader_drop_last
+            check_effective_batch(Path(resume_from_checkpoint), *place)
         self._run = self._run_resumed_from(resume_from_checkpoint) or self._run or uuid.uuid4().hex
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -54,79 +56,11 @@ class CheckpointMixin:
             return None
         return checkpoints.run_of(Path(checkpoint))
 
-    def _newest_checkpoint(self) -> str | None:
-        """
-        Rank 0 looks, so that all ranks go on from the same one.
-
-        Raises:
-            FileNotFoundError: if a rank does not see it, because machines share no disk.
-        """
-        found = None
-        if self.is_world_process_zero():
-            checkpoint, passed_over = checkpoints.newest_complete(Path(self.args.output_dir))
-            for line in passed_over:
-                logger.warning(line)
-            found = None if checkpoint is None else str(checkpoint)
-        found = channel().gather("resume", found)[0]
-        seen = channel().gather("resume seen", found is None or Path(found).is_dir())
-        if not all(seen):
-            blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
-            raise FileNotFoundError(
-                f"Rank 0 would resume from {found}, which rank(s) {blind} cannot see. Several machines need an output_dir "
-                "that all of them share to resume; put it on a shared disk, or copy the checkpoint to each machine."
-            )
-        return found
-
     @property
     def effective_batch(self) -> int:
         """Samples of an optimizer step, over all ranks."""
         samples = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return samples * self.accelerator.num_processes
-
-    def _check_effective_batch(self, checkpoint: Path) -> None:
-        """
-        The place in the epoch is counted in steps, which have to be of as many samples as before.
-
-        Raises:
-            ValueError: if they are not, and `ignore_data_skip` does not say that it does not matter.
-        """
-        if self.args.ignore_data_skip:
-            return
-        saved = checkpoints.read_facts(checkpoint).get("effective_batch")
-        if saved is None:
-            self._compare_steps_of_epoch(checkpoint)
-            return
-        if saved == self.effective_batch:
-            return
-        accumulation, rest = divmod(saved, self.effective_batch // self.args.gradient_accumulation_steps)
-        keep = f"gradient_accumulation_steps={accumulation}"
-        if rest:
-            keep = "per_device_train_batch_size and gradient_accumulation_steps"
-        raise ValueError(
-            f"{checkpoint} was written with an effective batch of {saved} samples, and this launch has "
-            f"{self.effective_batch}: samples would be lost or repeated. Choose {keep} so that per-device batch x accumulation x "
-            "processes is as before, or set ignore_data_skip=True to begin the epoch anew."
-        )
-
-    def _compare_steps_of_epoch(self, checkpoint: Path) -> None:
-        """
-        Warn if a checkpoint of the stock Trainer counts its place in other steps than this launch.
-
-        It does not hold its effective batch, only its step and how many epochs that is.
-        """
-        file = checkpoint / TRAINER_STATE_NAME
-        state = json.loads(file.read_text()) if file.is_file() else {}
-        if not state.get("epoch") or not hasattr(self.train_dataset, "__len__"):
-            return
-        saved = math.ceil(round(state["global_step"] / state["epoch"], 6))  # the last step of an epoch may be smaller
-        here = math.ceil(len(self.train_dataset) / self.effective_batch)
-        may_differ = 1 if self.args.dataloader_drop_last else 0
-        if abs(saved - here) > may_differ and self.is_world_process_zero():
-            logger.warning(
-                f"{checkpoint} was written with {saved} steps an epoch, and this launch takes {here}, with an effective batch of "
-                f"{self.effective_batch} samples: samples are lost or repeated in this epoch. Keep per-device batch x accumulation "
-                "x processes as it was, or set ignore_data_skip=True to begin the epoch anew."
-            )
 
     def _load_from_checkpoint(self, *args, **kwargs):
         with self._adapters_loaded_here():

@@ -247,7 +247,8 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         work = [batch for micro_step in micro_steps for batch in micro_step]
         counted = self.step_item_count
         items = sum(batch.items for batch in work) if counted is None else counted
-        self._step = Step.of(work, items, sum(self.adapter.tokens(batch.inputs) for batch in work), device)
+        tokens = sum(self.adapter.tokens(batch.inputs) for batch in work)
+        self._step = Step.of(work, items, tokens, device, self.state.global_step + 1)
         self.adapter.begin_step(self._step)
         return micro_steps, counted
 
@@ -292,14 +293,19 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         self._num_tokens += totals.tokens
         self.adapter.end_step()
         self._guards.note_votes(totals.stop_votes)
-        number, scaled = self.state.global_step + 1, self.accelerator.scaler is not None
+        scaled = self.accelerator.scaler is not None
         said = nonfinite.handle(
-            totals.nonfinite_ranks, number, step.samples, self.plugin.on_nonfinite, self.model.parameters(), scaled
+            totals.nonfinite_ranks,
+            step.number,
+            step.samples,
+            self.plugin.on_nonfinite,
+            self.model.parameters(),
+            scaled,
         )
         self._tell(said, logger.warning)
         if totals.ranks_out_of_memory:
             fell_back, self._runner.fell_back = self._runner.fell_back, False
-            self._tell(self._planner.lower(step.failed_tokens, fell_back, number), print)
+            self._tell(self._planner.lower(step.failed_tokens, fell_back, step.number), print)
         return totals.loss
 
     def _tell(self, message: str | None, say) -> None:

@@ -36,14 +36,15 @@ class Step:
     items: torch.Tensor
     tokens: int
     loss: torch.Tensor
+    number: int = 0  # from 1, for messages
     skipped_items: int = 0  # of samples that did not fit the memory
     failed_tokens: int = 0  # of the last micro-batch that did not fit
 
     @classmethod
-    def of(cls, micro_batches: list[MicroBatch], items: torch.Tensor | float, tokens: int, device) -> "Step":
+    def of(cls, micro_batches: list[MicroBatch], items: torch.Tensor | float, tokens: int, device, number=0) -> "Step":
         """Begin a step."""
         zero = torch.zeros((), device=device, dtype=torch.float64)
-        return cls(micro_batches, torch.as_tensor(items, device=device, dtype=torch.float64), tokens, zero)
+        return cls(micro_batches, torch.as_tensor(items, device=device, dtype=torch.float64), tokens, zero, number)
 
     @property
     def samples(self) -> list[int]:
@@ -171,7 +172,8 @@ class StepRunner:
     def _skip(self, step: Step, sample: int, items: int) -> torch.Tensor:
         length = self._work.length(sample)
         print(
-            f"[rank {self._rank}] sample {sample}, of {length} tokens, does not fit the memory and is left out of this step.",
+            f"[rank {self._rank}] sample {sample}, of {length} tokens, does not fit the memory and is left out of step "
+            f"{step.number}.",
             file=sys.stderr,
         )
         self.skipped_samples.append(sample)

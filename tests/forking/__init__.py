@@ -19,8 +19,9 @@ from unittest import mock
 # Libraries derive folders from it when they are imported. It cannot be made, so that one they were left with shows.
 NO_HOME = "/proc/no/home"
 # Variables that a forked process can be given: what reads them does so after the fork, or is told anew.
-_FREE_NAMES = ("HF_HOME", "HF_TOKEN", "WANDB_API_KEY", "TENSORBOARD_LOGGING_DIR", "TMPDIR", "PYTEST_CURRENT_TEST")
-_FREE_PREFIX = "ACCELERATE_UNSLOTH_"
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_TEST = ("HF_HOME", "HF_TOKEN", "WANDB_API_KEY", "TENSORBOARD_LOGGING_DIR", "TMPDIR", "PYTEST_CURRENT_TEST")
+_OURS = "ACCELERATE_UNSLOTH_"
 _ENDING_S = 45  # a launcher that is told to end gives its ranks 30 s
 
 
@@ -42,7 +43,7 @@ class ForkServer:
     def serves(self, environment: dict[str, str]) -> bool:
         """Tell whether a forked process is the same as a fresh one with this environment."""
         names = {name for name, _ in environment.items() ^ self.environment.items()}
-        return all(name in _FREE_NAMES or name.startswith(_FREE_PREFIX) for name in names)
+        return all(name in _OF_A_RANK + _OF_A_TEST or name.startswith(_OURS) for name in names)
 
     def start(self, script: list[str], launcher: list[str], processes: int, environment, folder: Path) -> "Launch":
         """

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 _SEVERAL = "--max_restarts"
 
@@ -24,16 +25,16 @@ def run(script: list[str], launcher: list[str], processes: int, environment, fol
     sys.stdout.reconfigure(write_through=True)
     environment = environment | preload.SET_BY_IMPORTS
     if processes == 1:
-        _end_with(lambda: _run_script(script, environment))
+        end_with(lambda: _run_script(script, environment))
     attempts = 1 + int(launcher[launcher.index(_SEVERAL) + 1]) if _SEVERAL in launcher else 1
     rank = ranks.fork(processes * attempts)
     if rank is None:
         _set_environment(environment)
-        _end_with(lambda: ranks.supervise([*launcher, *script]))
-    _end_with(lambda: _run_script(*rank))
+        end_with(lambda: ranks.supervise([*launcher, *script]))
+    end_with(lambda: _run_script(*rank))
 
 
-def _end_with(function) -> None:
+def end_with(function) -> NoReturn:
     """Call `function`, and end this process as an interpreter ends: hooks, threads, `atexit`, status."""
     status, interrupted = 0, False
     try:

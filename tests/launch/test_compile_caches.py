@@ -18,7 +18,13 @@ def test_each_machine_has_the_code_that_unsloth_generates(share_a_disk, tmp_path
         folder.mkdir(exist_ok=True)
     environments = [{"TMPDIR": str(folder)} for folder in temporary]
     machines = launch_two_machines(
-        WORKERS / "unsloth_caches.py", [tmp_path], environments, processes=2, folders=folders, timeout_s=300
+        WORKERS / "unsloth_caches.py",
+        [tmp_path],
+        environments,
+        processes=2,
+        folders=folders,
+        timeout_s=300,
+        real_launcher=True,
     )
     assert [m.status for m in machines] == [0, 0], "".join(m.output[-3000:] for m in machines)
 

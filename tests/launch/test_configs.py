@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from accelerate_unsloth.commands import app
 from accelerate_unsloth.launch import command, configs
-from accelerate_unsloth.launch.config_file import LaunchFile
 
 from ..launching import clean_environment, finish, start
 
@@ -77,16 +76,18 @@ def load(file):
 
 
 @pytest.mark.parametrize(
-    ("options", "bundled"),
+    ("flags", "bundled"),
     [
-        (LaunchFile(num_processes=2, cpu=True), "unsloth_ddp_cpu"),
-        (LaunchFile(num_processes=16, num_machines=2, main_process_ip="127.0.0.1"), "unsloth_ddp_multinode"),
+        ("--cpu", "unsloth_ddp_cpu"),
+        ("--num-processes 16 --num-machines 2 --main-process-ip 127.0.0.1", "unsloth_ddp_multinode"),
+        ("--num-processes 1", "unsloth_single_gpu"),
     ],
 )
-def test_a_written_file_says_what_the_bundled_one_says(options, bundled, tmp_path):
-    options.write(tmp_path / "own.yaml")
-    assert ("CUDA_VISIBLE_DEVICES=" in (tmp_path / "own.yaml").read_text()) is options.cpu
-    assert load(tmp_path / "own.yaml") == load(configs.path(bundled))
+def test_a_written_file_says_what_the_bundled_one_says(flags, bundled, tmp_path):
+    assert invoke("config", "write", str(tmp_path / "own.yaml"), *flags.split()).exit_code == 0
+    unread = {"gpu_ids", "rdzv_backend", "same_network"} if bundled == "unsloth_single_gpu" else set()
+    found, expected = load(tmp_path / "own.yaml"), load(configs.path(bundled))
+    assert {name for name in found if found[name] != expected[name]} <= unread
 
 
 def test_every_flag_reaches_accelerate_with_dashes_or_underscores(tmp_path):
@@ -128,37 +129,29 @@ def test_the_number_of_processes_has_a_default_where_it_is_known(flags, processe
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("", "No GPU is visible, so the number of processes is not known"),
-        ("--num-processes 0", "num_processes=0 and num_machines=1 have to be at least 1 each"),
-        ("--num-processes 2 --num-machines 0", "num_machines=0 have to be at least 1"),
+        ("", "No GPU is visible, so the number of processes is unknown"),
         ("--num-processes 3 --num-machines 2 --main-process-ip a", "is not a multiple of num_machines=2"),
         ("--num-processes 4 --num-machines 2", "num_machines=2 needs main_process_ip"),
         ("--num-processes 4 --main-process-ip a", "main_process_ip='a' is for several machines"),
-        ("--num-processes 4 --machine-rank 1", "machine_rank=1 is not one of the 1 machine(s)"),
-        ("--num-processes 4 --num-machines 2 --main-process-ip a --machine-rank -1", "machine_rank=-1 is not one"),
-        ("--num-processes 4 --num-machines 2 --main-process-ip a --main-process-port 0", "Give one from 1 to 65535."),
-        ("--num-processes 4 --main-process-port 65536", "main_process_port=65536 is not a port"),
-        (
-            "--num-processes 4 --mixed-precision fp8",
-            "mixed_precision='fp8' is not known; choose one of no, fp16, bf16",
-        ),
-        ("--cpu --mixed-precision fp16", "mixed_precision='fp16' needs a GPU"),
-        ("--cpu --gpu-ids 0,1", "gpu_ids='0,1' names GPUs, and cpu stays off them"),
-        ("--num-processes 4 --gpu-ids 0,1", "names 2 GPU(s), and each machine starts 4 process(es)"),
-        ("--num-processes 2 --gpu-ids 1,01", "gpu_ids='1,01' are not numbers of different GPUs"),
-        ("--num-processes 2 --gpu-ids 0;1", "gpu_ids='0;1' are not numbers of different GPUs"),
+        ("--num-processes 4 --machine-rank 1", "machine_rank=1 must be below num_machines=1"),
+        ("--cpu --gpu-ids 0,1", "gpu_ids names GPUs, and cpu does not use them"),
+        ("--num-processes 0", "'--num-processes'"),
+        ("--num-processes 2 --num-machines 0", "'--num-machines'"),
+        ("--num-processes 4 --main-process-port 65536", "'--main-process-port'"),
+        ("--num-processes 4 --mixed-precision fp8", "'fp8' is not one of"),
     ],
 )
-def test_a_wrong_combination_is_refused_with_words_and_nothing_is_written(flags, said, tmp_path):
+def test_a_wrong_combination_is_rejected_and_nothing_is_written(flags, said, tmp_path):
     result = invoke("config", "write", str(tmp_path / "own.yaml"), *flags.split())
     assert result.exit_code == 2
     assert said in result.output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_problems_are_said_at_once():
-    found = LaunchFile(3, num_machines=2, machine_rank=2, mixed_precision="int8", gpu_ids="x").problems()
-    assert len(found) == 5
+def test_all_problems_are_reported_at_once(tmp_path):
+    flags = "--num-processes 3 --num-machines 2 --machine-rank 2"
+    result = invoke("config", "write", str(tmp_path / "own.yaml"), *flags.split())
+    assert len(result.output.splitlines()) == 3
 
 
 def test_an_existing_file_is_only_replaced_by_force(tmp_path):
@@ -171,20 +164,10 @@ def test_an_existing_file_is_only_replaced_by_force(tmp_path):
     assert load(file)["num_processes"] == 2
 
 
-def test_a_name_that_accelerate_would_not_read_as_yaml_is_refused(tmp_path):
+def test_a_name_that_accelerate_would_not_read_as_yaml_is_rejected(tmp_path):
     result = invoke("config", "write", str(tmp_path / "own.json"), "--cpu")
     assert result.exit_code == 2
-    assert "has to end with .yaml or .yml" in result.output
-
-
-def test_what_accelerate_does_not_load_is_not_written(tmp_path):
-    class Newer(LaunchFile):
-        def settings(self):
-            return {**super().settings(), "num_galaxies": 1}
-
-    with pytest.raises(ValueError, match=r"Nothing was written, because accelerate .* does not load it.*num_galaxies"):
-        Newer(num_processes=2).write(tmp_path / "own.yaml")
-    assert list(tmp_path.iterdir()) == []
+    assert "must end with .yaml or .yml" in result.output
 
 
 def test_a_terminal_is_asked_for_what_is_missing(tmp_path):
@@ -203,7 +186,7 @@ def test_a_terminal_is_asked_for_what_is_missing(tmp_path):
     assert process.wait(timeout=120) == 0
     shown = os.read(ours, 10_000).decode()
     os.close(ours)
-    asked = ("Processes, on all machines together", "Number of this machine, from 0 [0]", "Address of machine 0")
+    asked = ("Processes, on all machines together", "Rank of this machine, from 0 [0]", "Address of machine 0")
     assert [shown.index(question) for question in asked] == sorted(shown.index(question) for question in asked)
     found = load(tmp_path / "own.yaml")
     assert (found["num_processes"], found["machine_rank"], found["main_process_ip"]) == (4, 1, "10.0.0.7")

@@ -276,7 +276,7 @@ def test_without_a_launcher_the_script_ends_with_the_command_to_type(tmp_path):
     expected = f"accelerate launch --num_processes 4 --config_file {file} '{script}' --name 'two words'\n"
     assert finished.returncode == 2
     assert finished.stderr.endswith(expected)
-    assert finished.stderr.count("accelerate_unsloth: num_gpus=4 takes 4 processes") == 1
+    assert finished.stderr.count("accelerate_unsloth: num_gpus=4 needs 4 processes") == 1
     assert "Traceback" not in finished.stderr
     assert finished.stdout == ""
 

@@ -15,9 +15,10 @@ from ..machines import launch_two_machines
 pytestmark = pytest.mark.launch
 
 
-def train_on_two_machines(arguments, caches):
+def train_on_two_machines(arguments, caches, **how):
     """With a cache folder for each machine."""
-    return launch_two_machines(WORKERS / "train.py", arguments, [{"HF_HOME": str(cache)} for cache in caches])
+    environments = [{"HF_HOME": str(cache)} for cache in caches]
+    return launch_two_machines(WORKERS / "train.py", arguments, environments, **how)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +82,14 @@ def test_a_machine_that_is_lost_ends_the_other_and_both_go_on_when_they_are_star
     for what, rank, step in LOSSES:
         lost = options | {"provoke": {"what": what, "rank": rank, "step": step}}
         machines = train_on_two_machines(
-            [tiny_model, uneven_data, tmp_path, json.dumps(lost)], [tmp_path / "cache"] * 2
+            [tiny_model, uneven_data, tmp_path, json.dumps(lost)], [tmp_path / "cache"] * 2, real_launcher=True
         )
         assert all(machine.status != 0 for machine in machines)
         newest, _ = checkpoints.newest_complete(tmp_path / "run")
         # Killed before step's checkpoint; or, without a launcher, stopped in order by the step after it.
         assert newest.name in [f"checkpoint-{saved}" for saved in (step - 1, step, step + 1)]
     machines = train_on_two_machines(
-        [tiny_model, uneven_data, tmp_path, json.dumps(options)], [tmp_path / "cache"] * 2
+        [tiny_model, uneven_data, tmp_path, json.dumps(options)], [tmp_path / "cache"] * 2, real_launcher=True
     )
     assert [m.status for m in machines] == [0, 0], "".join(m.output[-2000:] for m in machines)
 

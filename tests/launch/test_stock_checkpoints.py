@@ -66,7 +66,7 @@ def test_the_newest_stock_checkpoint_is_resumed_from_as_by_its_path(how, resume,
     whole = load_file(stock / "weights0.safetensors")
     for name in whole:
         torch.testing.assert_close(found[name], whole[name], rtol=1e-4, atol=1e-5)
-    assert "steps an epoch" not in output
+    assert "steps per epoch" not in output
 
 
 def test_rotation_leaves_stock_checkpoints(by_path):
@@ -82,4 +82,4 @@ def test_a_run_that_keeps_its_best_checkpoint_alone_leaves_stock_ones(resume):
 
 def test_another_number_of_steps_an_epoch_is_warned_of(resume):
     _, output = resume("auto", processes=1, accumulation=2, args={"save_strategy": "no", "max_steps": 5})
-    assert output.count("checkpoint-4 was written with 6 steps an epoch, and this launch takes 11") == 1
+    assert output.count("checkpoint-4 was written with 6 steps per epoch, and this launch takes 11") == 1

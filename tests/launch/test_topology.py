@@ -1,7 +1,5 @@
 """Which ranks share a machine: as torchelastic tells, or as the names of the machines do."""
 
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,8 +7,8 @@ from safetensors.torch import load_file
 from accelerate_unsloth.launch import topology
 from accelerate_unsloth.launch.topology import Topology, is_located
 
-from ..launching import WORKERS, Finished, finish, result, start
-from ..machines import free_port
+from ..launching import WORKERS, Finished, finish, result, start_script
+from ..workers.by_fork import free_port
 
 TRAIN = WORKERS / "train.py"
 
@@ -54,9 +52,19 @@ def test_one_process_of_each_machine_is_its_first():
     assert [place.is_local_main for place in places] == [True, True, False, False]
 
 
-def start_by_hand(arguments, machines, variables) -> list[Finished]:
+BY_HAND = """
+import socket, runpy, sys
+name, script, *sys.argv[1:] = sys.argv[1:]
+socket.gethostname = lambda: name
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def start_by_hand(arguments, machines, variables, folder) -> list[Finished]:
     """Two ranks without a launcher, each on a machine of that name, which has a cache folder of its own."""
-    port, processes = free_port(), []
+    port, processes, script = free_port(), [], folder / "by_hand.py"
+    script.write_text(BY_HAND)
+    words = [str(TRAIN), *map(str, arguments)]
     for rank, (machine, its_variables) in enumerate(zip(machines, variables, strict=True)):
         environment = {
             "RANK": str(rank),
@@ -66,8 +74,7 @@ def start_by_hand(arguments, machines, variables) -> list[Finished]:
             "HF_HOME": f"{arguments[2]}/cache_of_{machine}",
             **its_variables,
         }
-        script = f"import socket, runpy; socket.gethostname = lambda: {machine!r}; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
-        processes.append(start([sys.executable, "-c", script, *map(str, arguments)], environment))
+        processes.append(start_script([str(script), machine, *words], [], 1, environment))
     return [finish(process, 200) for process in processes]
 
 
@@ -82,7 +89,7 @@ def start_by_hand(arguments, machines, variables) -> list[Finished]:
 def test_ranks_that_no_launcher_started_train_together(
     machines, variables, mapped_rows, tiny_model, uneven_data, tmp_path
 ):
-    finished = start_by_hand([tiny_model, uneven_data, tmp_path, "{}"], machines, variables)
+    finished = start_by_hand([tiny_model, uneven_data, tmp_path, "{}"], machines, variables, tmp_path)
     output = "".join(process.output[-3000:] for process in finished)
     assert [process.status for process in finished] == [0, 0], output
     one, other = (load_file(tmp_path / f"weights{rank}.safetensors") for rank in (0, 1))

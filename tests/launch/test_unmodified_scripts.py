@@ -39,15 +39,15 @@ def train(tiny_model, uneven_data, tmp_path_factory):
     """Train with a script, once, in two processes: its losses and what it printed."""
     done = {}
 
-    def start(name, script, launcher=(), arguments=(), environment=None):
+    def start(name, script, launcher=(), arguments=(), real_launcher=False):
         if name not in done:
             folder = tmp_path_factory.mktemp("scripts")
             finished = launch(
                 script,
                 [*arguments, tiny_model, uneven_data, folder / "out"],
-                environment={"HF_HOME": str(folder / "cache")} | (environment or {}),
+                environment={"HF_HOME": str(folder / "cache")},
                 launcher=launcher,
-                real_launcher=name == "unsloth_recent.py",
+                real_launcher=real_launcher,
             )
             assert finished.status == 0, finished.output[-4000:]
             done[name] = losses(folder / "out"), finished.output, folder / "out"
@@ -62,10 +62,20 @@ def explicit(train, tmp_path_factory):
     return train("explicit", script)[0]
 
 
-@pytest.mark.parametrize("script", ["unsloth_recent.py", "unsloth_notebook.py"])
-def test_a_script_with_one_line_in_front_gives_the_losses_of_the_explicit_imports(script, train, explicit):
+@pytest.mark.parametrize(
+    ("script", "real_launcher"),
+    [
+        ("unsloth_recent.py", False),
+        ("unsloth_notebook.py", False),
+        pytest.param("unsloth_recent.py", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_script_with_one_line_in_front_gives_the_losses_of_the_explicit_imports(
+    script, real_launcher, train, explicit
+):
     assert len(explicit) == 6
-    found, output, out = train(script, WORKERS / script)
+    name = f"{script}, started afresh" if real_launcher else script
+    found, output, out = train(name, WORKERS / script, real_launcher=real_launcher)
     assert found == explicit
     assert "per device 2 x accumulation 2 x processes 2" in output
     assert (out / "lora_model" / "adapter_model.safetensors").exists()

@@ -12,14 +12,18 @@ from ..launching import WORKERS, launch, result
 pytestmark = [pytest.mark.launch, pytest.mark.unsloth]
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_model, uneven_data, tmp_path_factory):
+@pytest.fixture(scope="module", params=["forked", pytest.param("launched", marks=pytest.mark.slow)])
+def runs(request, tiny_model, uneven_data, tmp_path_factory):
+    """Folders of the training in one and two processes, forked after Unsloth was imported, or started by the launcher."""
+    if request.param == "forked":
+        folder = request.getfixturevalue("unsloth_once")
+        return {1: folder / "1", 2: folder / "2"}
     folders, experts = {}, tiny.make_mixture_of_experts(tmp_path_factory.mktemp("experts"))
     for processes, accumulation in ((1, 4), (2, 2)):
         folder = tmp_path_factory.mktemp("unsloth")
         # Unsloth writes the trainers that it generates, so each run gets a folder of its own.
         environment = {"HF_HOME": str(folder / "cache"), "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")}
-        environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes, for a model that trains in a second
+        environment["TORCHDYNAMO_DISABLE"] = "1"
         arguments = [tiny_model, experts, uneven_data, folder, accumulation]
         finished = launch(
             WORKERS / "unsloth_trainer.py", arguments, processes, environment, timeout_s=300, real_launcher=True
@@ -29,10 +33,8 @@ def runs(tiny_model, uneven_data, tmp_path_factory):
     return folders
 
 
-def test_the_loaders_keep_unsloths_calls_and_leave_other_gpus_alone():
-    finished = launch(WORKERS / "unsloth_loader.py", processes=1, real_launcher=True)
-    assert finished.status == 0, finished.output[-3000:]
-    seen = json.loads(finished.output.splitlines()[-1])
+def test_the_loaders_keep_unsloths_calls_and_leave_other_gpus_alone(unsloth_once):
+    seen = json.loads((unsloth_once / "loaders.json").read_text())
     assert seen["same_signature"] == [True] * 4
     assert seen["inherited"]
     assert seen["built"] == ["cuda:1", "cpu"]

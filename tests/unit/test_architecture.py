@@ -136,3 +136,12 @@ def test_every_package_is_installed():
     named = set(settings["options"]["packages"].split())
     found = {".".join(file.parent.relative_to(ROOT).parts) for file in PACKAGE.rglob("__init__.py")}
     assert named == found | {"accelerate_unsloth.accelerate_configs"}
+
+
+def test_every_file_that_is_no_module_is_installed():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    for file in PACKAGE.rglob("*.*"):
+        if file.is_file() and file.suffix not in (".py", ".pyc"):
+            package = ".".join(file.parent.relative_to(ROOT).parts)
+            assert any(file.match(pattern) for pattern in settings["options.package_data"][package].split()), file

@@ -266,6 +266,7 @@ def test_one_of_ours_without_its_manifest_is_not_taken_for_a_stock_one(run_folde
     [
         (OSError(errno.ENOSPC, "No space left on device"), True),
         (PermissionError(errno.EACCES, "Permission denied"), True),
+        (OSError(errno.EROFS, "Read-only file system"), True),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), False),
         (OSError("a message without a number"), False),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),

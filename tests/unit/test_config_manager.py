@@ -358,7 +358,7 @@ def test_enable_multi_gpu_takes_a_template(name, tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             enable_multi_gpu(**template)
         assert caught.value.code == 2
-        assert f"num_gpus={template['num_gpus']} takes {template['num_gpus']} processes" in capsys.readouterr().err
+        assert f"num_gpus={template['num_gpus']} needs {template['num_gpus']} processes" in capsys.readouterr().err
     here = {**template, "num_gpus": 1}
     with enable_multi_gpu(**here):
         active = accelerate_unsloth.get_active_config()

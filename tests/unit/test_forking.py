@@ -1,4 +1,4 @@
-"""Ranks forked from a warm process find and leave behind what those do that a real launcher starts."""
+"""Ranks forked from the fork server find and leave behind what those do that a real launcher starts."""
 
 import os
 

@@ -1,11 +1,11 @@
 """
-Kill ranks at random moments, and restart the run until it ends. Of four kills one is aimed at a checkpoint that is being
-written, and one at an evaluation.
+Train once undisturbed, and once with ranks that are killed at random moments and restarted until the run ends. Of four kills
+one is aimed at a checkpoint that is being written, and one at an evaluation. Written to OUT: `whole`, `killed`, `outcome.json`.
 
-    crash_loop.py MODEL DATA OUT KILLS LONGEST_S SEED
+    crash_loop.py MODEL DATA OUT KILLS SEED
 
-This process plays the launcher: it imports the heavy libraries once and forks the ranks, so that an attempt takes a
-second instead of ten. It forks before anything of accelerate_unsloth is loaded, which each rank does for itself.
+This process plays the launcher: it forks the ranks after the heavy libraries are imported, and before anything of
+accelerate_unsloth is, which each rank does for itself.
 """
 
 import json
@@ -13,9 +13,9 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets  # noqa: F401
@@ -24,10 +24,12 @@ import torch
 import transformers  # noqa: F401
 import trl  # noqa: F401
 
+from tests.workers.by_fork import fork_rank, free_port
+
 OPTIONS = {
     "args": {
         "gradient_accumulation_steps": 2,
-        "num_train_epochs": 6,
+        "num_train_epochs": 4,
         "save_strategy": "steps",
         "save_steps": 2,
         "save_total_limit": 2,
@@ -39,36 +41,11 @@ OPTIONS = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def train_as_rank(arguments: list) -> None:
+    from tests.workers.train import main
 
-
-def fork_rank(rank: int, port: int, arguments: list, log) -> int:
-    child = os.fork()
-    if child:
-        return child
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    status = 1
-    try:
-        from tests.workers.train import main
-
-        torch.set_num_threads(1)
-        main(*arguments)
-        status = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    os._exit(status)
+    torch.set_num_threads(1)
+    main(*arguments)
 
 
 def never() -> bool:
@@ -95,8 +72,8 @@ def in_a_save(staging: Path, earliest_s: float, within_s: float):
 
 def attempt(arguments: list, is_due, victim: int, log) -> bool:
     """One launch of two ranks; `True` if both came to the end before the kill."""
-    port = free_port()
-    ranks = [fork_rank(rank, port, arguments, log) for rank in (0, 1)]
+    port, run = free_port(), partial(train_as_rank, arguments)
+    ranks = [fork_rank(run, rank, 2, port, log) for rank in (0, 1)]
     running, failed = set(ranks), False
     while running:
         child, status = os.waitpid(-1, os.WNOHANG)
@@ -115,11 +92,22 @@ def attempt(arguments: list, is_due, victim: int, log) -> bool:
     return not failed
 
 
-def main(model: str, data: str, out: str, kills: str, longest_s: str, seed: str) -> None:
-    generator, longest_s = random.Random(int(seed)), float(longest_s)
-    arguments, run = [model, data, out], Path(out) / "run"
+def train_undisturbed(arguments: list) -> float:
+    """Return the seconds that it took."""
+    start = time.monotonic()
+    with (arguments[2] / "log.txt").open("w") as log:
+        assert attempt([*arguments, OPTIONS], never, 0, log), (arguments[2] / "log.txt").read_text()[-3000:]
+    return time.monotonic() - start
+
+
+def main(model: str, data: str, out: str, kills: str, seed: str) -> None:
+    out, generator = Path(out), random.Random(int(seed))
+    for name in ("whole", "killed"):
+        (out / name).mkdir()
+    longest_s = train_undisturbed([model, data, out / "whole"])
+    arguments, run = [model, data, out / "killed"], out / "killed" / "run"
     killed, steps_seen, half_written, in_evaluation = 0, [], 0, 0
-    with (Path(out) / "log.txt").open("w") as log:
+    with (out / "killed" / "log.txt").open("w") as log:
         while killed < int(kills):
             victim, options, is_due, aim = generator.randrange(2), OPTIONS, never, killed % 4
             if aim == 1:
@@ -127,7 +115,7 @@ def main(model: str, data: str, out: str, kills: str, longest_s: str, seed: str)
                     run / ".incomplete", generator.uniform(0.3, longest_s / 2), generator.uniform(0, 0.02)
                 )
             elif aim == 3:
-                step = generator.randrange(1, 24)
+                step = generator.randrange(1, 20)
                 options = OPTIONS | {"provoke": {"what": "kill_in_evaluation", "rank": victim, "step": step}}
             else:
                 is_due = after(generator.uniform(0.3, longest_s))
@@ -138,17 +126,16 @@ def main(model: str, data: str, out: str, kills: str, longest_s: str, seed: str)
             killed, in_evaluation = killed + 1, in_evaluation + (aim == 3)
             half_written += (run / ".incomplete").exists()
             steps_seen.append(max([int(c.name[11:]) for c in run.glob("checkpoint-*")], default=0))
-        start = time.monotonic()
         ended = attempt([*arguments, OPTIONS], never, 0, log)
-        seconds = time.monotonic() - start
     outcome = {
         "killed": killed,
         "half_written": half_written,
         "in_evaluation": in_evaluation,
         "steps_seen": steps_seen,
+        "ended": ended,
     }
-    print(json.dumps(outcome | {"ended": ended, "last_attempt_s": seconds}))
+    (out / "outcome.json").write_text(json.dumps(outcome))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:7])
+    main(*sys.argv[1:6])

@@ -114,7 +114,8 @@ def train(kind: str, models: str, data: str, out: Path, options: dict) -> dict:
     trainer.train()
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"{kind}-{PartialState().process_index}.safetensors")
-    return {"log": trainer.state.log_history, "loss": getattr(getattr(trainer, "loss", None), "reason", None)}
+    decisions = {row[0]: row[2] for row in trainer.decisions()} if hasattr(trainer, "decisions") else {}
+    return {"log": trainer.state.log_history, "loss": decisions.get("loss")}
 
 
 def limit_memory(model, tokens: int) -> None:

@@ -2,14 +2,13 @@
 
 import inspect
 import json
-import os
 import sys
 from functools import reduce
 from importlib import import_module
 
-if any(point.startswith("unsloth") for point in sys.argv[1:]):
-    os.environ["UNSLOTH_ALLOW_CPU"] = "1"
-    import unsloth  # noqa: F401
+
+def of(points) -> dict:
+    return {point: parameters(point) for point in points}
 
 
 def parameters(point: str):
@@ -21,4 +20,5 @@ def parameters(point: str):
     return list(inspect.signature(found).parameters) if callable(found) else []
 
 
-print(json.dumps({point: parameters(point) for point in sys.argv[1:]}))
+if __name__ == "__main__":
+    print(json.dumps(of(sys.argv[1:])))

@@ -27,14 +27,14 @@ rl.PatchFastRL()
 _patch_trl_trainer()
 patch_gradient_accumulation_fix(transformers.Trainer)
 
-from accelerate_unsloth import DistributedTrainerMixin, FastLanguageModel  # noqa: E402
 
+def train(model_folder: str, data_file: str, out: Path, accumulation: int, **arguments):
+    # Here, because a rank may have been forked after Unsloth was imported, and only it knows its place.
+    from accelerate_unsloth import DistributedTrainerMixin, FastLanguageModel
 
-class Trainer(DistributedTrainerMixin, trl.SFTTrainer):
-    pass
+    class Trainer(DistributedTrainerMixin, trl.SFTTrainer):
+        pass
 
-
-def train(model_folder: str, data_file: str, out: Path, accumulation: int, **arguments) -> Trainer:
     experts = "router_aux_loss_coef" in arguments
     model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128, full_finetuning=experts)
     if not experts:

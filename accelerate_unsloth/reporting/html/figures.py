@@ -88,23 +88,6 @@ def headline(record) -> str:
     return ran if final_loss(record) is None else f"{ran}, loss {number(final_loss(record))}"
 
 
-def ending(record) -> str:
-    """Return how the training ended, and what a reader must know of a resumed one."""
-    at = f"step {record.steps:,} of {record.max_steps:,}"
-    if record.stopped:
-        words = f"Stopped by a signal at {at}; resume_from_checkpoint='auto' continues from there."
-    elif record.steps < record.max_steps:
-        words = f"Ended at {at}, before its last step."
-    else:
-        words = f"Finished at {at}."
-    if record.began_at_step:
-        words += (
-            f" It was resumed at step {record.began_at_step:,}: losses are those of the whole run, while times and the "
-            "values of single ranks cover the steps of this process only."
-        )
-    return words
-
-
 def shares(record) -> list[Share]:
     """Return where the time of `train()` went: inside steps by the readings of all ranks, else by rank 0's clock."""
     spent, monitored = record.spent, bool(record.history)
@@ -159,23 +142,6 @@ def imbalance(record) -> float | None:
 def gpu_peak_gib(record) -> float:
     """Return the memory of the fullest GPU; 0 if none was monitored."""
     return max((rank.peak_gib for rank in record.ranks), default=0.0)
-
-
-def rank_table(record) -> tuple[list[str], list[list], str]:
-    """Return the column names, the rows and the caption of what each rank did."""
-    columns = ["Rank", "Device", "Tokens", "Own work per step, s", "Rest per step, s"]
-    rows = [[rank, of.device, of.tokens, of.step_s, of.rest_s] for rank, of in enumerate(record.ranks)]
-    if gpu_peak_gib(record):
-        columns += ["GPU in use, GiB", "Reserved, GiB", "Reachable, GiB"]
-        for row, of in zip(rows, record.ranks, strict=True):
-            row += [of.peak_gib, of.reserved_gib, of.reachable_gib]
-    for row, of in zip(rows, record.ranks, strict=True):
-        row.append(of.host_gib)
-    caption = (
-        "Own work is forward and backward. The rest is waiting for other ranks, data, reduction and "
-        "optimizer. Memory is the highest that was measured."
-    )
-    return [*columns, "Host, GiB"], rows, caption
 
 
 def log_table(record) -> tuple[list[str], list[list], str]:
