@@ -87,6 +87,7 @@ class ConfigManager:
         Args:
             model_size (`str`, `Path`, [`~transformers.PreTrainedConfig`] or [`ModelShape`], *optional*, defaults to `"7B"`):
                 A size of the table in `memory.model_sizes.KNOWN`, a hub id, a folder, or a config.
+                A name whose model is not of the Llama, Mistral or Qwen kind loads the engine.
             available_memory (`str` or `float`, *optional*):
                 Memory of each GPU: `"32GB"` (of 10**9 bytes), `"24GiB"`, or a number of GiB. By default the total of
                 the smallest of this process's GPUs.

@@ -127,7 +127,7 @@ def test_the_process_group_is_gloo_on_a_cpu_whatever_is_said(tmp_path):
         "import torch.distributed as dist\n"
         "TrainingArguments(sys.argv[1], ddp_backend='nccl')\n"
         "status = accelerate_unsloth.get_multi_gpu_status()\n"
-        "print('said', dist.get_backend(), status['rank'], status['device'])\n"
+        "print(f\"said {dist.get_backend()} {status['rank']} {status['device']}\\n\", end='')\n"
     )
     finished = launch(script, [tmp_path])
     assert finished.status == 0, finished.output[-3000:]
