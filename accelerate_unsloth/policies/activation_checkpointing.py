@@ -15,29 +15,16 @@ _RECOMPUTE = 4 / 3
 
 @dataclass(frozen=True)
 class Facts:
-    """
-    What the choice depends on.
+    """What the choice depends on."""
 
-    Args:
-        longest_tokens (`int`): Tokens of the longest sample.
-        rank_tokens (`float`): Mean tokens of a rank in an optimizer step.
-        kept_tokens (`int`, *optional*): Largest micro-batch that fits with activations kept; `None` if memory is not planned.
-        recomputed_tokens (`int`, *optional*): And with activations recomputed.
-        switched_off (`bool`, *optional*, defaults to `False`): Whether the script switched checkpointing off.
-        asked_for (`bool` or `str`, *optional*): What the script passed as `use_gradient_checkpointing`, if anything.
-        can_fall_back (`bool`, *optional*, defaults to `True`):
-            Whether a rank that runs out of memory in a step can repeat the micro-batch with recomputation.
-        keep_because (`str`, *optional*, defaults to `""`): Why this model must keep activations, as one clause.
-    """
-
-    longest_tokens: int
-    rank_tokens: float
-    kept_tokens: int | None = None
-    recomputed_tokens: int | None = None
-    switched_off: bool = False
-    asked_for: bool | str | None = None
-    can_fall_back: bool = True
-    keep_because: str = ""
+    longest_tokens: int  # of a sample
+    rank_tokens: float  # mean of a rank in an optimizer step
+    kept_tokens: int | None = None  # largest micro-batch with activations kept; None if memory is not planned
+    recomputed_tokens: int | None = None  # and with activations recomputed
+    switched_off: bool = False  # by the script
+    asked_for: bool | str | None = None  # the script's use_gradient_checkpointing, if it passed one
+    can_fall_back: bool = True  # whether a micro-batch that does not fit can be repeated with recomputation
+    keep_because: str = ""  # why this model must keep activations, as one clause
 
 
 @dataclass(frozen=True)
@@ -50,11 +37,6 @@ class CheckpointingChoice:
 def step_cost(rank_tokens: float, token_budget: int, checkpointing: bool) -> float:
     """
     Estimate the time of one rank's step, in tokens of a large micro-batch without recomputation.
-
-    Args:
-        rank_tokens (`float`): Tokens of a rank in a step.
-        token_budget (`int`): Most tokens of a micro-batch.
-        checkpointing (`bool`): Whether activations are recomputed.
 
     Example:
 
@@ -72,14 +54,7 @@ def step_cost(rank_tokens: float, token_budget: int, checkpointing: bool) -> flo
 
 def resolve(requested: str, facts: Facts) -> CheckpointingChoice:
     """
-    Choose by estimated step time.
-
-    Args:
-        requested (`str`): `"auto"`, `"none"` or `"unsloth"`.
-        facts ([`Facts`]): Lengths, memory and what the script says.
-
-    Returns:
-        [`CheckpointingChoice`]
+    Choose by estimated step time; `requested` is the plugin's option.
 
     Example:
 

@@ -9,7 +9,7 @@ class AggregationMethod(str, Enum):
     """
     How the losses of a step's micro-batches become one.
 
-    - `TOKEN_MEAN`: the mean over all tokens of all ranks, whichever way they are dealt. One process gives the same.
+    - `TOKEN_MEAN`: the mean over all tokens of all ranks, however they are assigned. One process gives the same.
     - `MEAN`: the mean of the ranks' means, each the mean of its micro-batches. Ranks without data do not count.
     - `SUM`: the sum over all micro-batches.
     """
@@ -27,11 +27,7 @@ class AggregationChoice:
 
 def resolve(requested: AggregationMethod | str | None, counts_tokens: bool) -> AggregationChoice:
     """
-    Choose the method.
-
-    Args:
-        requested (`AggregationMethod` or `str`, *optional*): `None` leaves the choice to us.
-        counts_tokens (`bool`): Whether it is known which positions of a micro-batch its loss is the mean of.
+    Choose the method; `counts_tokens` tells whether it is known which positions of a micro-batch its loss is the mean of.
 
     Raises:
         ValueError: for a method that is not known, or `TOKEN_MEAN` where tokens cannot be counted.
@@ -62,11 +58,7 @@ def resolve(requested: AggregationMethod | str | None, counts_tokens: bool) -> A
 
 def weights(method: AggregationMethod, items: Sequence[int]) -> list[float]:
     """
-    What each micro-batch of a rank weighs in the rank's own loss.
-
-    Args:
-        method (`AggregationMethod`): The method.
-        items (`Sequence[int]`): Loss items of each micro-batch; one without items weighs nothing.
+    Return the weight of each micro-batch in its rank's loss, from their loss items.
 
     Example:
 
@@ -86,5 +78,5 @@ def weights(method: AggregationMethod, items: Sequence[int]) -> list[float]:
 
 
 def rank_weight(method: AggregationMethod, items: Sequence[int]) -> float:
-    """What a rank weighs among the ranks: its tokens, or one if it has any data."""
+    """Return the weight of a rank among the ranks: its tokens, or one if it has any data."""
     return float(sum(items)) if method is AggregationMethod.TOKEN_MEAN else float(any(items))

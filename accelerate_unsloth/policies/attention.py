@@ -22,25 +22,14 @@ _KERNELS = ("cudnn", "flash", "efficient")
 
 @dataclass(frozen=True)
 class Facts:
-    """
-    What the choice depends on. [`kernels.describe`] gives all but the lengths.
+    """What the choice depends on. `engines.kernels.describe` gives all but the lengths."""
 
-    Args:
-        sdpa_runs_segments (`bool`): Whether rows without padding go through PyTorch's SDPA one by one.
-        other (`str`): What runs them otherwise, for the reason.
-        prefers_cudnn (`bool`): Whether PyTorch would take cuDNN on this GPU.
-        lengths (`int`): Number of different lengths in the data; 0 if not known.
-        has_varlen (`bool`, *optional*, defaults to `False`):
-            Whether one call of PyTorch's could run all rows, and would not without us.
-        runs_varlen (`bool`, *optional*, defaults to `False`): Whether Unsloth runs all rows in that call by itself.
-    """
-
-    sdpa_runs_segments: bool
-    other: str
-    prefers_cudnn: bool
-    lengths: int
-    has_varlen: bool = False
-    runs_varlen: bool = False
+    sdpa_runs_segments: bool  # whether rows without padding go through PyTorch's SDPA one by one
+    other: str  # what runs them otherwise, for the reason
+    prefers_cudnn: bool  # whether PyTorch would use cuDNN on this GPU
+    lengths: int  # number of different lengths in the data; 0 if not known
+    has_varlen: bool = False  # whether one call of PyTorch's could run all rows, and does not by itself
+    runs_varlen: bool = False  # whether Unsloth runs all rows in that call by itself
 
 
 @dataclass(frozen=True)
@@ -52,14 +41,7 @@ class AttentionChoice:
 
 def resolve(requested: str, facts: Facts) -> AttentionChoice:
     """
-    Choose the kernel.
-
-    Args:
-        requested (`str`): `"auto"`, or a kernel by name.
-        facts ([`Facts`]): What the engine's kernels and the data are like.
-
-    Returns:
-        [`AttentionChoice`]
+    Choose the kernel; `requested` is the plugin's option.
 
     Raises:
         ValueError: if `"varlen"` is asked for where there is none.

@@ -28,15 +28,7 @@ def own(takes_count: bool) -> LossChoice:
 
 def resolve(ratios: Sequence[float | None]) -> LossChoice:
     """
-    Choose for a custom loss.
-
-    Args:
-        ratios (`Sequence[float]`):
-            Of each rank, its loss for twice the item count over its loss for the count; `None` from a rank that has no
-            micro-batch with a loss.
-
-    Returns:
-        [`LossChoice`]
+    Choose for a custom loss, by each rank's loss for twice the item count over its loss for the count; `None` if it has none.
 
     Raises:
         ValueError: if the loss neither divides by the count nor ignores it, or ranks differ.

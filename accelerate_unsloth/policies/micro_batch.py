@@ -16,20 +16,12 @@ BACK_OFF = 0.7
 
 @dataclass(frozen=True)
 class Facts:
-    """
-    What the choice depends on.
+    """What the choice depends on."""
 
-    Args:
-        longest_tokens (`int`): Tokens of the longest sample.
-        fits_tokens (`int`, *optional*): Largest micro-batch that fits the smallest memory of all ranks; `None` if not known.
-        lengths_known (`bool`, *optional*, defaults to `True`): Whether the length of each sample is known.
-        noisy (`bool`, *optional*, defaults to `False`): Whether NEFTune adds noise, which is weaker in longer micro-batches.
-    """
-
-    longest_tokens: int
-    fits_tokens: int | None = None
-    lengths_known: bool = True
-    noisy: bool = False
+    longest_tokens: int  # of a sample
+    fits_tokens: int | None = None  # largest micro-batch that fits the smallest memory of all ranks; None if not known
+    lengths_known: bool = True  # of each sample
+    noisy: bool = False  # whether NEFTune adds noise, which is weaker in longer micro-batches
 
 
 @dataclass(frozen=True)
@@ -51,15 +43,7 @@ class MicroBatchChoice:
 
 def resolve(requested: str, most_tokens: int | None, facts: Facts) -> MicroBatchChoice:
     """
-    Choose the split.
-
-    Args:
-        requested (`str`): `"auto"` or `"fixed"`.
-        most_tokens (`int`, *optional*): Largest micro-batch that the user allows, in tokens.
-        facts ([`Facts`]): Lengths and memory.
-
-    Returns:
-        [`MicroBatchChoice`]
+    Choose the split; `requested` and `most_tokens` are the plugin's options.
 
     Raises:
         ValueError: if the longest sample is above what the user allows.

@@ -14,16 +14,10 @@ from .micro_batch import MicroBatchChoice
 
 @dataclass(frozen=True)
 class Facts(activation_checkpointing.Facts):
-    """
-    What a step plan depends on; see [`activation_checkpointing.Facts`] for the other fields.
+    """What a step plan depends on."""
 
-    Args:
-        lengths_known (`bool`, *optional*, defaults to `True`): Whether the length of each sample is known.
-        noisy (`bool`, *optional*, defaults to `False`): Whether NEFTune adds noise.
-    """
-
-    lengths_known: bool = True
-    noisy: bool = False
+    lengths_known: bool = True  # of each sample
+    noisy: bool = False  # whether NEFTune adds noise
 
 
 @dataclass(frozen=True)
@@ -43,15 +37,7 @@ class StepPlan:
         return self.checkpointing.mode == "unsloth"
 
     def recomputing(self, why: str) -> "StepPlan | None":
-        """
-        Return the plan that recomputes activations where keeping them was our choice and did not fit.
-
-        Args:
-            why (`str`): One clause, for the start-up table.
-
-        Returns:
-            [`StepPlan`]: `None` if there is no such fallback.
-        """
+        """Return the plan that recomputes activations, where keeping them was our choice and did not fit; else `None`."""
         if not self.checkpointing.may_recompute:
             return None
         return _with_checkpointing(CheckpointingChoice("unsloth", why), "auto", self.most_tokens, self.facts)
@@ -67,14 +53,7 @@ class StepPlan:
 
 def plan(options, facts: Facts) -> StepPlan:
     """
-    Plan a step.
-
-    Args:
-        options ([`UnslothPlugin`]): `gradient_checkpointing`, `micro_batch` and `micro_batch_tokens` are read.
-        facts ([`Facts`]): Lengths, memory and what the script says.
-
-    Returns:
-        [`StepPlan`]
+    Plan a step, by the plugin's `gradient_checkpointing`, `micro_batch` and `micro_batch_tokens`.
 
     Raises:
         ValueError: if the longest sample is above `micro_batch_tokens`.

@@ -9,18 +9,10 @@ def handle(
     ranks: list[int], step: int, samples: list, on_nonfinite: str, parameters: Iterable, scaled: bool
 ) -> str | None:
     """
-    End the run, or skip the step on all ranks; all of them come here together.
+    End the run, or skip the step on all ranks by removing the gradients; all ranks come here together.
 
-    Args:
-        ranks (`list[int]`): Ranks whose numbers are not finite, the same list on every rank.
-        step (`int`): Index of the step, from 1.
-        samples (`list`): Samples of this rank in the step.
-        on_nonfinite (`str`): The plugin's option: `"stop"` or `"skip"`.
-        parameters (`Iterable[torch.nn.Parameter]`): What is trained; its gradients are removed to skip the step.
-        scaled (`bool`): Whether a GradScaler skips the step by itself. It has to see the gradients for it.
-
-    Returns:
-        `str`: what happened, for rank 0 to print; `None` if all numbers are finite.
+    `ranks` are those whose numbers are not finite, the same list on every rank. Where gradients are `scaled`, the
+    GradScaler skips the step by itself, and has to see them for it. Return what happened, for rank 0 to print, or `None`.
 
     Raises:
         FloatingPointError: under `"stop"`, naming ranks and samples.

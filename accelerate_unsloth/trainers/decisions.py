@@ -6,13 +6,7 @@ _GIB = 2**30
 
 
 def rows(trainer, engine) -> list[Row]:
-    """
-    Return subject, decision and reason of each choice.
-
-    Args:
-        trainer ([`DistributedTrainerMixin`]): Prepared for training.
-        engine (`EngineChoice`): The engine that built the model.
-    """
+    """Return subject, decision and reason of each choice of a trainer that is prepared for training."""
     args, plan = trainer.args, trainer.plan
     split = f"per device {args.per_device_train_batch_size} x accumulation {args.gradient_accumulation_steps}"
     return [

@@ -100,10 +100,6 @@ def check_weights_are_equal(model: torch.nn.Module, step: int) -> None:
     """
     Compare the trainable weights of all ranks, bit for bit, by a checksum of 8 bytes.
 
-    Args:
-        model ([`~torch.nn.Module`]): The model.
-        step (`int`): Steps done, for the message.
-
     Raises:
         RuntimeError: naming the ranks that differ from rank 0.
     """

@@ -31,22 +31,9 @@ class LogProbs:
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[torch.Tensor | None, ...]:
         """
-        Compute per-token log-probabilities of `targets`, and what else `outputs` names.
+        Return per-token log-probabilities of `targets`, and what else `outputs` names, each of shape `(tokens,)`.
 
-        Args:
-            hidden (`torch.Tensor` of shape `(tokens, hidden)`): Last hidden states.
-            weight (`torch.Tensor` of shape `(vocabulary, hidden)`): Output embedding.
-            bias (`torch.Tensor` of shape `(vocabulary,)`, *optional*): Its bias.
-            targets (`torch.Tensor` of shape `(tokens,)`): The token that follows each.
-            temperature (`float`): Divides the logits.
-            chunk_size (`int`): Not used; TRL's kernel projects in chunks of it.
-            softcap (`float`, *optional*): Limit of the logits, as in Gemma 2.
-            logit_scale (`float`, *optional*, defaults to `1.0`): Multiplies the logits.
-            outputs (`tuple[str]`, *optional*): What to compute besides.
-
-        Returns:
-            `tuple`: log-probabilities, entropy, log of the sum of squared probabilities, mean logit, and whether the target
-            has the largest logit, each of shape `(tokens,)`; `None` for what was not asked for.
+        `hidden` is of shape `(tokens, hidden)`, `weight` of shape `(vocabulary, hidden)`. `chunk_size` is not used.
 
         Example:
 

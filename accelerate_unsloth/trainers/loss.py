@@ -59,16 +59,9 @@ def is_custom(trainer) -> bool:
 @torch.no_grad()
 def count_ratio(trainer, balance, inputs: dict[str, Any], items: int) -> float | None:
     """
-    Return the loss of a micro-batch for twice its item count over that for its item count; RNG states are kept.
+    Return the loss of a micro-batch for twice its item count over that for its item count; `None` if that is no number.
 
-    Args:
-        trainer ([`~transformers.Trainer`]): With its model.
-        balance ([`RouterBalance`], *optional*): Of a mixture of experts; its loss is left out, since the count does not divide it.
-        inputs (`dict`): A collated micro-batch.
-        items (`int`): Positions of it whose loss counts.
-
-    Returns:
-        `float`: `None` if the loss is zero or not finite.
+    RNG states are kept. The balancing loss of experts is left out, since the count does not divide it.
     """
     device, losses = trainer.args.device, []
     trainer.model.train()

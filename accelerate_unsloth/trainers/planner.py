@@ -55,15 +55,10 @@ class Planner:
         keep_because: str = "",
     ) -> None:
         """
-        Choose checkpointing and micro-batches, the same on all ranks, and apply the former.
+        Choose checkpointing and micro-batches, the same on all ranks, and apply the former until `undo` is closed.
 
-        Args:
-            sampler ([`EffectiveBatchSampler`], *optional*): Of this rank, where the samples are planned.
-            lengths (`np.ndarray`, *optional*): Tokens of each sample.
-            undo (`ExitStack`): Takes what has to be undone after training.
-            noisy (`bool`, *optional*, defaults to `False`): Whether NEFTune adds noise.
-            can_fall_back (`bool`, *optional*, defaults to `True`): Whether a micro-batch can be repeated.
-            keep_because (`str`, *optional*, defaults to `""`): Why this model must keep activations.
+        `sampler` and `lengths` (tokens of each sample) are `None` where the samples cannot be planned. The other arguments
+        are those of [`Facts`].
         """
         self._sampler, self._undo = sampler, undo
         planned = sampler is not None and lengths is not None
@@ -109,10 +104,7 @@ class Planner:
 
     def probe(self, fits: Callable[[Sequence[int]], bool]) -> None:
         """
-        Try more than the largest planned micro-batch, and plan smaller ones until that fits on every rank.
-
-        Args:
-            fits (`Callable`): `fits(samples)`, whether a forward and backward of them succeeds on this rank.
+        Try more than the largest planned micro-batch, and plan smaller ones until `fits(samples)` is true on every rank.
 
         Raises:
             torch.OutOfMemoryError: if not even the longest sample fits, on any rank.
@@ -137,13 +129,8 @@ class Planner:
         """
         Plan smaller micro-batches after a rank ran out of memory in a step; all ranks come here together.
 
-        Args:
-            failed_tokens (`int`): Tokens of the micro-batch that did not fit this rank; 0 if none.
-            fell_back (`bool`): Whether this rank has begun to recompute activations.
-            step (`int`): Index of the step, from 1.
-
-        Returns:
-            `str`: what changed, for rank 0 to print; `None` if nothing did.
+        `failed_tokens` are those of the micro-batch that did not fit this rank, or 0; `fell_back` tells whether the rank
+        recomputes activations since. Return what changed, for rank 0 to print, or `None`.
         """
         found = channel().gather("out of memory", [failed_tokens, fell_back])
         failed = [tokens for tokens, _ in found if tokens]
@@ -209,14 +196,9 @@ def leaves_memory(
     fraction: float,
 ) -> bool:
     """
-    Return whether a forward and backward fits next to the optimizer's state; gradients and RNG states are left as before.
+    Return whether `run`, a forward and backward, fits next to an optimizer state of `state_bytes`.
 
-    Args:
-        run (`Callable`): Runs them.
-        trainable (`list[torch.nn.Parameter]`): Parameters whose gradients are removed afterwards.
-        state_bytes (`int`): Bytes of optimizer state that do not exist yet; a stand-in is allocated.
-        device (`torch.device`): Of this rank.
-        fraction (`float`): Part of the device's memory that may be used.
+    Gradients of `trainable` are removed, and RNG states are as before. `fraction` of the device's memory may be used.
     """
     fits, stand_in = True, None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -44,12 +44,7 @@ def check_effective_batch(
     """
     Make sure that a step has as many samples as before, because the place in the epoch is counted in steps.
 
-    Args:
-        checkpoint (`Path`): What the run resumes from.
-        effective_batch (`int`): Samples of a step in this launch.
-        accumulation (`int`): Micro-steps of a step in this launch.
-        samples (`int`, *optional*): Samples of an epoch; `None` for a stream.
-        drop_last (`bool`): Whether an incomplete last step is left out.
+    `samples` are those of an epoch, `None` for a stream.
 
     Raises:
         ValueError: if they differ. For a checkpoint of the stock Trainer, which does not hold it, rank 0 warns if the steps
