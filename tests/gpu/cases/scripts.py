@@ -13,7 +13,7 @@ def run(case, script: str, explicit: bool = False):
     """
     import accelerate_unsloth
     from tests.launching import WORKERS
-    from tests.test_unmodified_scripts import EXPLICIT, UNTOUCHED, losses, rewritten
+    from tests.launch.test_unmodified_scripts import EXPLICIT, UNTOUCHED, losses, rewritten
 
     file, out = WORKERS / script, case.out / "out"
     if explicit:  # a CPU has to be named there
