@@ -45,13 +45,14 @@ def load_trl(model_folder: str, options: dict):
 
     stamp("imported")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype="bfloat16",
-    )
-    quantized = {"quantization_config": nf4} if options["load_in_4bit"] else {}
+    quantized = {}
+    if options["load_in_4bit"]:
+        quantized["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype="bfloat16",
+        )
     dtype = torch.bfloat16 if device != "cpu" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, device_map={"": device}, **quantized)
     stamp("loaded")
@@ -88,9 +89,10 @@ def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -
         """When each step ended, and how many tokens this rank had collated by then."""
 
         def __init__(self):
-            self.ends, self.attention = [], None
+            self.ends, self.begins, self.attention = [], [], None
 
         def on_step_begin(self, args, state, control, **kwargs):
+            self.begins.append(time.time())
             self.attention = self.attention or attention_of(model)  # while training, where ours is in force
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -145,12 +147,13 @@ def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -
     stamp("saved")
     report = {
         "phases": PHASES,
+        "begins": clock.begins,
         "ends": clock.ends,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "attention": clock.attention,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "decisions": {
-            name: [*vars(getattr(trainer, name)).values()]
+            name: [getattr(trainer, name).__dict__[key] for key in getattr(trainer, name).__dict__]
             for name in ("micro_batch", "checkpointing", "attention", "gradient_sync")
             if hasattr(trainer, name)
         },
