@@ -48,7 +48,8 @@ def test_a_mistake_gives_one_message_and_ends_all(case, real_launcher, tiny_mode
 @pytest.mark.parametrize(
     ("variable", "value", "message", "real_launcher"),
     [
-        ("ACCELERATE_UNSLOTH_ENGINE", "unslot", "Did you mean 'unsloth'?", True),
+        ("ACCELERATE_UNSLOTH_ENGINE", "unslot", "Did you mean 'unsloth'?", False),
+        pytest.param("ACCELERATE_UNSLOTH_ENGINE", "unslot", "Did you mean 'unsloth'?", True, marks=pytest.mark.slow),
         ("ACCELERATE_UNSLOTH_ENGINE", "unsloth", "no GPU is visible", False),
         ("ACCELERATE_UNSLOTH_GRADIENT_SYNCH", "auto", "Did you mean ACCELERATE_UNSLOTH_GRADIENT_SYNC?", False),
     ],

@@ -7,7 +7,7 @@ import pytest
 from ..launching import WORKERS, result
 from ..machines import launch_two_machines
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.unsloth]
 
 
 @pytest.mark.parametrize("share_a_disk", [pytest.param(True, marks=pytest.mark.slow), False])

@@ -1,10 +1,8 @@
 """Processes of a launch without GPUs know of each other, also in scripts that make a plain `Accelerator`."""
 
-import sys
-
 import pytest
 
-from ..launching import finish, launch, start
+from ..launching import launch
 
 IMPORTED_FIRST = "import accelerate_unsloth\nfrom accelerate import Accelerator\naccelerator = Accelerator()\n"
 IMPORTED_LATE = "from accelerate import Accelerator\naccelerator = Accelerator()\nimport accelerate_unsloth\n"
@@ -31,8 +29,7 @@ def test_a_plain_accelerator_knows_all_processes_of_the_bundled_cpu_file(script)
 
 @pytest.mark.launch
 def test_torchrun_without_gpus_is_no_different(script):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    finished = finish(start([*command, str(script(IMPORTED_FIRST))]), timeout_s=120)
+    finished = launch(script(IMPORTED_FIRST), processes=2, torchrun=True)
     assert finished.status == 0, finished.output[-3000:]
     assert finished.output.count("MULTI_CPU 2") == 2, finished.output
 

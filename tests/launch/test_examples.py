@@ -23,6 +23,9 @@ STARTS = {
 }
 of_each_example = pytest.mark.parametrize("example", SAID)
 of_each_start = pytest.mark.parametrize("start", STARTS)
+# torchrun differs for what all examples have in common, so one of them shows it.
+AGAIN_WITH_TORCHRUN = pytest.param("torchrun", marks=pytest.mark.slow)
+of_two_starts = pytest.mark.parametrize("start", ["accelerate launch", "python", AGAIN_WITH_TORCHRUN])
 
 
 def copy_examples(folder, model=None):
@@ -43,8 +46,14 @@ def start_without_arguments(folder, example, start, **options):
 
 
 @pytest.mark.launch
-@of_each_start
-@of_each_example
+@pytest.mark.parametrize(
+    ("example", "start"),
+    [
+        pytest.param(example, start, marks=[pytest.mark.slow] * (start == "torchrun" and example != "quick_start"))
+        for example in SAID
+        for start in STARTS
+    ],
+)
 def test_an_example_trains_without_arguments(example, start, tiny_model, tmp_path):
     start_without_arguments(copy_examples(tmp_path, tiny_model), example, start)
 
@@ -58,7 +67,7 @@ def test_help_says_how_to_start_an_example_and_imports_nothing_heavy(example):
 
 
 @pytest.mark.launch
-@of_each_start
+@of_two_starts
 def test_help_is_shown_by_every_launcher_and_makes_no_model(start, tmp_path):
     finished = launch(copy_examples(tmp_path) / "examples" / "quick_start.py", ["--help"], **STARTS[start])
     assert finished.status == 0, finished.output[-3000:]
@@ -67,7 +76,7 @@ def test_help_is_shown_by_every_launcher_and_makes_no_model(start, tmp_path):
 
 
 @pytest.mark.launch
-@of_each_start
+@of_two_starts
 def test_all_processes_end_when_the_demo_model_cannot_be_made(start, tmp_path):
     copy_examples(tmp_path)
     (tmp_path / ".demo" / "model").mkdir(parents=True)

@@ -15,7 +15,7 @@ from ..launching import WORKERS, launch, result
 pytestmark = pytest.mark.launch
 
 
-def start(folder, tiny_model, uneven_data, processes, accumulation, real_launcher=False, **options):
+def start(folder, tiny_model, uneven_data, processes, accumulation, **options):
     folder.mkdir()
     arguments = {"gradient_accumulation_steps": accumulation, "save_strategy": "steps", "save_steps": 4}
     options = {"args": arguments | {"num_train_epochs": 2}} | options
@@ -24,7 +24,6 @@ def start(folder, tiny_model, uneven_data, processes, accumulation, real_launche
         [tiny_model, uneven_data, folder, json.dumps(options)],
         processes,
         environment={"HF_HOME": str(folder / "cache")},
-        real_launcher=real_launcher,
     )
     assert finished.status == 0, finished.output[-4000:]
     return folder
@@ -35,7 +34,7 @@ BY_NUMBER = {"plugin": {"balance_tokens": False}}
 # name: (resumed from the checkpoint of which run, at which step; processes, gradient accumulation, further options).
 # The effective batch is 4 in each. Steps 4 and 8 lie in the middle of the first epoch, of 6 steps, and of the second.
 RUNS = {
-    "whole": (None, 0, 2, 2, {"save": True, "real_launcher": True}),
+    "whole": (None, 0, 2, 2, {"save": True}),
     "on one process": ("whole", 4, 1, 4, {}),
     "on as many": ("whole", 8, 2, 2, {}),
     "on four": ("whole", 8, 4, 1, {}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ..launching import ROOT, clean_environment
+from ..launching import ROOT, clean_environment, launch
 
 PACKAGE = ROOT / "accelerate_unsloth"
 
@@ -104,8 +104,12 @@ for name in ("FastLanguageModel", "SFTConfig", "SFTTrainer", "DistributedTrainer
         assert "accelerate_unsloth.engines.loaded" in begun
 
 
-def test_every_public_name_resolves():
-    run("import accelerate_unsloth as a; [getattr(a, name) for name in a.__all__]")
+@pytest.mark.launch
+def test_every_public_name_resolves(tmp_path):
+    script = tmp_path / "names.py"
+    script.write_text("import accelerate_unsloth as a\nfor name in a.__all__:\n    getattr(a, name)\n")
+    finished = launch(script, processes=1)
+    assert finished.status == 0, finished.output[-3000:]
 
 
 def test_type_checkers_see_the_public_names_where_they_are():

@@ -58,7 +58,7 @@ def test_a_forked_script_ends_as_a_fresh_one(ending, tmp_path):
     real, forked = (launch(script, processes=1, real_launcher=real) for real in (True, False))
 
     def lines(finished):
-        """Without the frames of tracebacks, which begin at the warm process."""
+        """Without the frames of tracebacks, which begin at the fork server."""
         return [line for line in finished.output.splitlines() if not line.startswith(" ")]
 
     assert forked.status == real.status

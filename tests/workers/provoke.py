@@ -10,6 +10,8 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from accelerate_unsloth.reliability import failures
+
 
 class Provoke(TrainerCallback):
     def __init__(self, what: str, step: int, rank: int = 1, always: bool = False):
@@ -29,13 +31,20 @@ class Provoke(TrainerCallback):
 
     def run_out_of_memory(self, gradient):
         """In a backward that is nearly done, so that other weights have their gradients; once, or always."""
-        if not self.always:
+        if self.always:
+            self.fail_alone()
+        else:
             self.hook.remove()
         raise torch.OutOfMemoryError("CUDA out of memory. Provoked by a test")
 
     def on_save(self, args, state, control, **kwargs):
         if self.here and self.what == "type_error_on_save" and state.global_step > self.step:
+            self.fail_alone()
             raise TypeError("a callback of a user is wrong")
+
+    def fail_alone(self):
+        """Rank 0 is waiting for this one, so it need not be given seconds to report the same error."""
+        failures._WAIT_FOR_MAIN_S = 0.5
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self.here and self.what == "kill_in_evaluation" and state.global_step >= self.step:

@@ -34,43 +34,20 @@ _VARIABLES = {"checkpointing": "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING"}
 
 @dataclass(frozen=True)
 class Run:
-    """
-    One launch of the benchmark.
-
-    Args:
-        name (`str`): How tables call it.
-        how (`str`): `"plain"`, `"ours"` or `"trl"`.
-        processes (`int`): Number of processes.
-        batch (`int`): Samples of a micro-batch, as the arguments say it.
-        environment (`dict[str, str]`, *optional*): Options of ours, as environment variables.
-        lora (`dict`, *optional*): Further arguments of `get_peft_model`.
-        keeps (`tuple[str]`, *optional*): Policies that are to be as the whole of ours chose them; see [`pinned`].
-    """
+    """One launch of the benchmark."""
 
     name: str
-    how: str
+    how: str  # "plain", "ours" or "trl"
     processes: int
-    batch: int
-    environment: dict[str, str] = field(default_factory=dict)
-    lora: dict = field(default_factory=dict)
-    keeps: tuple[str, ...] = ()
+    batch: int  # samples of a micro-batch, as the arguments say it
+    environment: dict[str, str] = field(default_factory=dict)  # our options
+    lora: dict = field(default_factory=dict)  # further arguments of `get_peft_model`
+    keeps: tuple[str, ...] = ()  # policies that are to be as the whole of ours chose them, see `pinned`
 
 
 @dataclass(frozen=True)
 class Workload:
-    """
-    What every run of a benchmark trains.
-
-    Args:
-        model (`str`): Folder of the model.
-        data (`str`): JSON Lines file with a `text` column.
-        steps (`int`): Optimizer steps.
-        effective_batch (`int`): Samples of an optimizer step.
-        max_length (`int`): Longest sample in tokens.
-        load_in_4bit (`bool`): Quantize the weights.
-        optim (`str`): The Trainer's optimizer.
-        cpu (`bool`): Stay on the CPU.
-    """
+    """What every run of a benchmark trains: a model's folder on a JSON Lines file with a `text` column."""
 
     model: str
     data: str
@@ -86,15 +63,8 @@ def plan(
     processes: list[int], plain_batches: list[int], batch: int, with_trl: bool = True, ablation: bool = True
 ) -> list[Run]:
     """
-    The runs of a comparison: plain Unsloth at each per-device batch, TRL, ours, and ours with each choice taken back.
-
-    Args:
-        processes (`list[int]`): Numbers of processes to compare at.
-        plain_batches (`list[int]`): Per-device batches of plain Unsloth, of which the best one counts.
-        batch (`int`): Per-device batch that ours is given; its effective batch is the same.
-        with_trl (`bool`, *optional*, defaults to `True`):
-            Also TRL and PEFT without Unsloth, at the smallest of these batches, because they keep more in memory.
-        ablation (`bool`, *optional*, defaults to `True`): Take our choices back one by one, on the most processes.
+    Return the runs of a comparison: plain Unsloth at each of its per-device batches, TRL at the smallest, because it keeps
+    more in memory, ours, and on the most processes ours with each choice taken back.
 
     Example:
 
@@ -118,19 +88,7 @@ def plan(
 
 
 def pinned(run: Run, results: list[dict]) -> Run:
-    """
-    A run with the policies that it keeps set to what the whole of ours chose, on as many processes, in `results`.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.commands.bench.runs import Run, pinned
-    >>> whole = {"name": "1 x ours", "how": "ours", "processes": 1, "environment": {}}
-    >>> whole["decisions"] = {"checkpointing": ["none", "it fits"]}
-    >>> pinned(Run("fixed", "ours", 1, 16, keeps=("checkpointing",)), [whole]).environment
-    {'ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING': 'none'}
-    ```
-    """
+    """Set the policies that a run keeps to what the whole of ours, on as many processes, chose in `results`."""
     done = [r for r in results if r.get("how") == "ours" and "decisions" in r]
     whole = [r for r in done if r["processes"] == run.processes and not r["environment"]]
     chosen = whole[0]["decisions"] if whole else {}
@@ -176,9 +134,9 @@ def figures(ranks: list[dict]) -> dict:
     Compute what the ranks' clocks say.
 
     Returns:
-        `dict` with `tokens_per_second` (all ranks, median over the last two thirds of the steps), `end_to_end_s` (from
-        the launch to the adapter on disk), `attention` (the library that ran uneven rows), `phases_s` (of the slowest rank each), `imbalance` (most tokens of a rank in a step over the mean, averaged),
-        `peak_gib` of each rank and `losses`.
+        `dict` with `tokens_per_second` (all ranks, median over the last two thirds of the steps), `end_to_end_s` (from the
+        launch to the adapter on disk), `phases_s` (of the slowest rank each), `imbalance` (most tokens of a rank in a step
+        over the mean, averaged), and what the ranks wrote down themselves.
     """
     tokens = [_differences([count for _, count in rank["ends"]]) for rank in ranks]
     ends = [max(rank["ends"][step][0] for rank in ranks) for step in range(len(ranks[0]["ends"]))]
@@ -186,17 +144,14 @@ def figures(ranks: list[dict]) -> dict:
     steady = range(len(seconds) // 3, len(seconds))
     rates = [sum(rank[step] for rank in tokens) / seconds[step] for step in steady]
     imbalances = [max(r[step] for r in tokens) * len(ranks) / max(1, sum(r[step] for r in tokens)) for step in steady]
-    launched_s, before, phases = ranks[0]["phases"]["launched"], None, {}
-    for phase in _PHASES:
-        at = max(rank["phases"][phase] for rank in ranks)
-        phases[phase] = at - (before or launched_s)
-        before = at
+    at = {phase: max(rank["phases"][phase] for rank in ranks) for phase in _PHASES}
+    starts = [ranks[0]["phases"]["launched"], *at.values()]
     return {
         "tokens_per_second": statistics.median(rates) if rates else None,
         "step_s": statistics.median(seconds[step] for step in steady) if rates else None,
-        "end_to_end_s": before - launched_s,
+        "end_to_end_s": starts[-1] - starts[0],
         "attention": ranks[0]["attention"],
-        "phases_s": phases,
+        "phases_s": dict(zip(_PHASES, _differences(starts), strict=True)),
         "imbalance": statistics.mean(imbalances) if imbalances else None,
         "peak_gib": [rank["peak_gib"] for rank in ranks],
         "losses": ranks[0]["losses"],

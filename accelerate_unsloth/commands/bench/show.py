@@ -2,10 +2,11 @@
 
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_VERSIONS = (
+from ..env.versions import installed_version
+
+_PACKAGES = [
     "accelerate_unsloth",
     "unsloth",
     "trl",
@@ -16,31 +17,23 @@ _VERSIONS = (
     "bitsandbytes",
     "xformers",
     "flash-attn",
-)
-
+]
 _HEADINGS = (
     "run", "tokens/s", "x", "scaling", "end to end s", "start-up s", "imbalance", "GPU GiB", "host GiB", "loss", "attention",
 )  # fmt: skip
 
 
 def hardware() -> dict:
-    """GPUs, processor and versions that figures were measured on."""
+    """Return the GPUs, the processor and the versions that figures were measured on."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    versions = {name: _version(name) for name in _VERSIONS}
+    versions = {name: installed_version(name) or "not installed as a package" for name in _PACKAGES}
     return {"gpus": gpus, "processor": platform.processor() or platform.machine(), "versions": versions}
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed as a package"
-
-
 def print_table(results: list[dict]) -> None:
-    """One line a run; `x` compares it with the best plain run of as many processes, scaling with its kind on the fewest."""
+    """Print one line a run; `x` compares it with the best plain run of as many processes, scaling with its kind on the fewest."""
     from rich.console import Console
     from rich.table import Table
 
@@ -70,17 +63,18 @@ def print_table(results: list[dict]) -> None:
 
 
 def ratio_to_plain(result: dict, results: list[dict]) -> float | None:
-    """Tokens per second over those of the best plain run of as many processes; `None` without one."""
+    """Return tokens per second over those of the best plain run of as many processes; `None` without one."""
     plain = [
-        other["tokens_per_second"]
+        other["tokens_per_second"] or 0
         for other in results
-        if other.get("how") == "plain" and other["processes"] == result["processes"] and other["tokens_per_second"]
+        if (other.get("how"), other.get("processes")) == ("plain", result["processes"]) and "error" not in other
     ]
-    return result["tokens_per_second"] / max(plain) if plain and result["tokens_per_second"] else None
+    best = max(plain, default=0)
+    return result["tokens_per_second"] / best if best and result["tokens_per_second"] else None
 
 
 def scaling(result: dict, results: list[dict]) -> float | None:
-    """Tokens per second a process, over those of the same kind of run on the fewest processes; `None` for that one."""
+    """Return tokens per second a process, over those of the same kind of run on the fewest processes; `None` for that one."""
     alike = [
         other
         for other in results
@@ -99,7 +93,7 @@ def write_json(results: list[dict], workload: dict, file: Path) -> None:
 
 
 def write_chart(results: list[dict], file: Path) -> None:
-    """Bars of tokens/s, and tokens/s over the number of processes beside a line of perfect scaling."""
+    """Draw bars of tokens/s, and tokens/s over the number of processes beside a line of perfect scaling."""
     import matplotlib
 
     matplotlib.use("Agg")

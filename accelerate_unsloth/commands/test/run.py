@@ -27,17 +27,10 @@ class ProcessFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Check:
-    """
-    What was checked, how it went, and the numbers.
-
-    Args:
-        name (`str`): A statement that holds if all is well.
-        status (`str`): `"ok"`, `"skipped"` or `"failed"`.
-        detail (`str`): What was found.
-    """
+    """What was checked, as a statement that holds if all is well; how it went; and the numbers."""
 
     name: str
-    status: str
+    status: str  # OK, SKIPPED or FAILED
     detail: str
 
     def __str__(self) -> str:
@@ -45,14 +38,14 @@ class Check:
 
 
 def learns(processes: int, losses: Sequence[float]) -> Check:
-    """The loss is a number in every step, and falls."""
+    """Check that the loss is a number in every step, and falls."""
     name = f"{processes} process(es) train, and the loss falls"
     falls = all(map(math.isfinite, losses)) and len(losses) > 1 and losses[-1] < losses[0]
     return Check(name, OK if falls else FAILED, " ".join(f"{loss:.4f}" for loss in losses) or "no step was logged")
 
 
 def same_losses(one: Sequence[float], several: Sequence[float], tolerance: float) -> Check:
-    """Each step's loss is that of one process."""
+    """Check that each step's loss is that of one process."""
     name = "the losses are those of one process"
     if len(one) != len(several):
         return Check(name, FAILED, f"{len(one)} steps on one process, {len(several)} on several")
@@ -64,14 +57,14 @@ def same_losses(one: Sequence[float], several: Sequence[float], tolerance: float
 
 
 def same_weights(checksums: Sequence[str]) -> Check:
-    """All ranks end with the same weights, bit for bit."""
+    """Check that all ranks end with the same weights, bit for bit."""
     others = [str(rank) for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
     detail = f"rank(s) {', '.join(others)} differ from rank 0" if others else f"{len(checksums)} rank(s), bit for bit"
     return Check("all ranks hold the same weights", FAILED if others else OK, detail)
 
 
 def right_devices(devices: Sequence[Sequence[str]], on_gpu: bool) -> Check:
-    """Rank by rank, the whole model is on the rank's own GPU, or on the CPU."""
+    """Check that, rank by rank, the whole model is on the rank's own GPU, or on the CPU."""
     expected = [[f"cuda:{rank}" if on_gpu else "cpu"] for rank in range(len(devices))]
     found = ", ".join(f"rank {rank} on {'+'.join(names)}" for rank, names in enumerate(devices))
     right = [list(names) for names in devices] == expected
@@ -80,11 +73,9 @@ def right_devices(devices: Sequence[Sequence[str]], on_gpu: bool) -> Check:
 
 def reloads(outputs: Mapping[str, Sequence[float]], tolerance: float) -> Check:
     """
-    The adapter, loaded by PEFT alone, computes what the trained model did, and not what the base model does.
+    Check that the adapter, loaded by PEFT alone, computes what the trained model did, and not what the base model does.
 
-    Args:
-        outputs (`Mapping[str, Sequence[float]]`): Logits of one text: `"trained"`, `"reloaded"` and `"base"`.
-        tolerance (`float`): Allowed difference, relative to what training changed.
+    `outputs` are logits of one text; `tolerance` is relative to what training changed.
     """
     error = math.dist(outputs["trained"], outputs["reloaded"])
     change = math.dist(outputs["trained"], outputs["base"])

@@ -12,8 +12,8 @@ def run(case, script: str, explicit: bool = False):
         explicit (`bool`): Whether it gets the explicit imports instead of the line in front of it.
     """
     import accelerate_unsloth
+    from tests.launch.test_unmodified_scripts import EXPLICIT, UNTOUCHED, losses, rewritten
     from tests.launching import WORKERS
-    from tests.test_unmodified_scripts import EXPLICIT, UNTOUCHED, losses, rewritten
 
     file, out = WORKERS / script, case.out / "out"
     if explicit:  # a CPU has to be named there
