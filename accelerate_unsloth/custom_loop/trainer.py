@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..engines.loaded import choice  # noqa: F401  # takes this rank's GPU, and imports Unsloth before transformers
+from ..engines.select import choice  # noqa: F401  # takes this rank's GPU, and imports Unsloth before transformers
 
 # isort: split
 import torch
