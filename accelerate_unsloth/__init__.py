@@ -14,8 +14,8 @@ from .launch.topology import declare_cpu_launch
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "FastLanguageModel": "engines.loaded",
-    "FastModel": "engines.loaded",
+    "FastLanguageModel": "engines.select",
+    "FastModel": "engines.select",
     "SFTConfig": "trainers.sft",
     "SFTTrainer": "trainers.sft",
     "DistributedTrainerMixin": "trainers.mixin",
@@ -37,8 +37,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow the map
     from .config_manager import ConfigManager as ConfigManager
     from .custom_loop.trainer import MultiGPUTrainer as MultiGPUTrainer
     from .devices.manager import DeviceManager as DeviceManager
-    from .engines.loaded import FastLanguageModel as FastLanguageModel
-    from .engines.loaded import FastModel as FastModel
+    from .engines.select import FastLanguageModel as FastLanguageModel
+    from .engines.select import FastModel as FastModel
     from .patch import disable_multi_gpu as disable_multi_gpu
     from .patch import enable_multi_gpu as enable_multi_gpu
     from .patch import get_active_config as get_active_config

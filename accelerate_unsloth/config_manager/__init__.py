@@ -256,7 +256,7 @@ class ConfigManager:
 
 def _load_engine() -> None:
     """Import Unsloth, where it is the engine, because it must be imported before transformers."""
-    from ..engines import loaded  # noqa: F401
+    from ..engines import select  # noqa: F401
 
 
 def _parse_gib(amount: str | float) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engines.loaded import choice  # noqa: F401  # binds this rank's GPU, and imports Unsloth before transformers
+from ..engines.select import choice  # noqa: F401  # binds this rank's GPU, and imports Unsloth before transformers
 
 # isort: split
 import torch

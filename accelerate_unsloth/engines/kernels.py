@@ -1,6 +1,8 @@
-"""What the engine's kernels do with rows and activations, read off Unsloth (2026.10.6) where it is loaded."""
+"""
+How the engine runs attention and recomputes activations, as read from Unsloth (2026.10.6) if it is loaded.
 
-# PyTorch is imported where it is asked: what would be chosen is also shown where it cannot be imported.
+PyTorch is imported inside of functions, because `accelerate-unsloth env` also shows the choices if that import fails.
+"""
 
 import inspect
 import os
@@ -15,12 +17,7 @@ _RUNS_VARLEN = "Unsloth runs rows of uneven length through PyTorch's varlen atte
 
 
 def describe(engine: str) -> dict:
-    """
-    What the choice of an attention kernel depends on, beside the data: arguments of `policies.attention.resolve`.
-
-    Args:
-        engine (`str`): `"unsloth"` or `"reference"`.
-    """
+    """Return the fields of `policies.attention.Facts` that do not depend on the data."""
     runs_segments, other = sdpa_runs_segments(engine)
     return {
         "sdpa_runs_segments": runs_segments,
@@ -32,12 +29,7 @@ def describe(engine: str) -> dict:
 
 
 def sdpa_runs_segments(engine: str) -> tuple[bool, str]:
-    """
-    Whether rows without padding run one by one through PyTorch's SDPA, and what runs them otherwise.
-
-    Args:
-        engine (`str`): `"unsloth"` or `"reference"`.
-    """
+    """Return whether rows without padding run one by one through PyTorch's SDPA, and what runs them otherwise."""
     dispatch = sys.modules.get(_DISPATCH)
     if engine != "unsloth" or dispatch is None:
         return False, "the reference engine leaves it to transformers"
@@ -52,18 +44,18 @@ def sdpa_runs_segments(engine: str) -> tuple[bool, str]:
 
 def spare_varlen() -> Callable | None:
     """
-    PyTorch's varlen attention where Unsloth could use it and does not; `None` elsewhere.
+    Return PyTorch's varlen attention if Unsloth could use it but does not, else `None`.
 
-    Unsloth's varlen path wants the keyword `enable_gqa`, which came with PyTorch 2.12 (unsloth 2026.10.6,
-    `attention_dispatch._load_torch_varlen_attn`). The kernel of 2.11 does grouped queries without being told. To be deleted
-    when Unsloth takes 2.11's, or no longer supports it.
+    Unsloth's varlen path passes the keyword `enable_gqa`, which PyTorch 2.12 introduced (unsloth 2026.10.6,
+    `attention_dispatch._load_torch_varlen_attn`). The kernel of 2.11 supports grouped queries without it. Delete this when
+    Unsloth uses the kernel of 2.11, or no longer supports 2.11.
     """
     import torch
 
     dispatch = sys.modules.get(_DISPATCH)
-    refused = os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() in ("0", "false", "no", "off")
+    disabled = os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() in ("0", "false", "no", "off")
     if (
-        refused
+        disabled
         or not hasattr(dispatch, "_TORCH_VARLEN_ATTN")
         or not torch.backends.cuda.is_flash_attention_available()
     ):
@@ -84,7 +76,7 @@ def spare_varlen() -> Callable | None:
 
 @contextmanager
 def varlen_installed() -> Iterator[None]:
-    """Let Unsloth run rows of uneven length through [`spare_varlen`], where there is one."""
+    """Make Unsloth run rows of uneven length through [`spare_varlen`], if there is one."""
     patches, varlen = Ledger(), spare_varlen()
     if varlen is not None:
         patches.patch(sys.modules[_DISPATCH], "_TORCH_VARLEN_ATTN", varlen)
@@ -95,7 +87,7 @@ def varlen_installed() -> Iterator[None]:
 
 
 def prefers_cudnn() -> bool:
-    """Whether PyTorch's SDPA takes cuDNN on this device: from Hopper on."""
+    """Return whether PyTorch's SDPA prefers cuDNN on this device: from Hopper on."""
     import torch
 
     return (
@@ -106,14 +98,14 @@ def prefers_cudnn() -> bool:
 
 
 def plans_memory(engine: str) -> bool:
-    """Whether the arithmetic of `memory.py` was measured for this engine and device."""
+    """Return whether the arithmetic of `memory/` was measured for this engine and device."""
     import torch
 
     return engine == "unsloth" and torch.cuda.is_available()
 
 
 def recomputes(model) -> bool:
-    """Whether any layer recomputes its activations in the backward."""
+    """Return whether any layer recomputes its activations in the backward."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
@@ -124,15 +116,9 @@ def wants_recomputation(model) -> bool:
 
 def set_recomputation(model, mode):
     """
-    Switch gradient checkpointing of a loaded model.
+    Switch gradient checkpointing of a loaded model, and return what it was before.
 
-    Args:
-        model ([`~torch.nn.Module`]): As the engine's `get_peft_model` returned it.
-        mode (`bool` or `str`):
-            What Unsloth's `use_gradient_checkpointing` takes; `True` is the kind that the model was loaded with.
-
-    Returns:
-        `bool` or `str`: what it was before.
+    `mode` is a value of Unsloth's `use_gradient_checkpointing`; `True` is the kind that the model was loaded with.
     """
     if not hasattr(model, "for_training"):  # the reference engine's
         before = recomputes(model)

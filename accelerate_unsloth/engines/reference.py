@@ -1,25 +1,25 @@
 """
-Unsloth's two calls on transformers and PEFT.
+Unsloth's loading calls on transformers and PEFT, and a replacement of the module `unsloth`.
 
-It has none of Unsloth's kernels: it is for dry runs on a CPU, and the oracle that tests compare with.
+They run without a GPU, but have none of Unsloth's kernels. They are for dry runs on a CPU and for tests of exactness.
 """
 
 import copy
-from types import MethodType
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+from types import MethodType, ModuleType
 
 import torch
 from peft import LoraConfig
 from peft import get_peft_model as peft_get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from ..launch.topology import topology
 from ..reliability import rank0_writes
-from . import check_model_name, environment, placement
+from . import checks
 
 _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# Options of Unsloth's loaders and LoRA call that change how it runs but not what it computes, or that this engine
-# has no counterpart for on a CPU.
+# Options of Unsloth's loading calls that are ignored: they do not change what is computed, or have no counterpart here.
 _UNSLOTH_ONLY = {
     "device_map_planner_kwargs", "disable_log_stats", "fast_inference", "fix_tokenizer", "float32_mixed_precision",
     "float8_kv_cache", "gpu_memory_utilization", "load_in_16bit", "loftq_config", "max_lora_rank", "max_seq_length",
@@ -67,7 +67,7 @@ class FastLanguageModel:
             dtype (`torch.dtype`, *optional*):
                 Type of the weights: by default float32 on a CPU and bfloat16 on a GPU.
             load_in_4bit (`bool`, *optional*):
-                Refused when true: quantized weights need Unsloth and a GPU.
+                Must not be true: quantized weights need Unsloth and a GPU.
             full_finetuning (`bool`, *optional*, defaults to `False`):
                 Train all weights, without `get_peft_model`.
 
@@ -84,9 +84,7 @@ class FastLanguageModel:
                 f"{bits}=True needs Unsloth on a GPU, and this process uses the reference engine "
                 f"(transformers and PEFT). Set {bits}=False here, or run on a machine with a GPU."
             )
-        check_model_name(model_name)
-        environment.check_loading_arguments(kwargs)
-        placement.check_device_map(device_map, topology().world_size, placement.this_device())
+        checks.check_loading(model_name, {**kwargs, "device_map": device_map})
         set_seed(random_state)
         source = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
         options = {name: value for name, value in kwargs.items() if name not in _UNSLOTH_ONLY}
@@ -99,10 +97,9 @@ class FastLanguageModel:
         model.requires_grad_(full_finetuning)
         if full_finetuning:
             _set_checkpointing(model, use_gradient_checkpointing)
-        model.save_pretrained_merged = MethodType(_save_pretrained_merged, model)
-        rank0_writes.guard(model)
+        _add_saving(model)
         rank0_writes.guard(tokenizer)
-        return model.to(placement.this_device()), tokenizer
+        return model.to(checks.this_device()), tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -130,8 +127,7 @@ class FastLanguageModel:
             r (`int`, *optional*, defaults to `16`):
                 Rank of the adapters.
             use_gradient_checkpointing (`bool` or `str`, *optional*, defaults to `"unsloth"`):
-                Any true value recomputes activations in the backward; Unsloth's offloading has no counterpart here.
-                `"auto"` is taken for the default.
+                Any true value, `"auto"` included, recomputes activations in the backward, without Unsloth's offloading.
 
         Returns:
             [`~peft.PeftModel`]
@@ -155,18 +151,17 @@ class FastLanguageModel:
         model = peft_get_peft_model(model, config)
         model.max_seq_length = max_seq_length
         _set_checkpointing(model, use_gradient_checkpointing)
-        model.save_pretrained_merged = MethodType(_save_pretrained_merged, model)
-        rank0_writes.guard(model)
+        _add_saving(model)
         return model
 
     @staticmethod
     def for_training(model, use_gradient_checkpointing=True):
-        """Counterpart of Unsloth's call: training mode."""
+        """Switch to training mode, like Unsloth's call."""
         return model.train()
 
     @staticmethod
     def for_inference(model):
-        """Counterpart of Unsloth's call: evaluation mode."""
+        """Switch to evaluation mode, like Unsloth's call."""
         return model.eval()
 
 
@@ -175,18 +170,56 @@ LOADERS = {"FastLanguageModel": FastLanguageModel, "FastModel": FastModel}
 
 
 def _set_checkpointing(model, wanted) -> None:
-    # The trainer switches checkpointing on by its own argument, so "off" has to reach it through the model.
+    # The Trainer has an argument of its own for checkpointing; `trainers/sft.py` sets it from this attribute.
     model._accelerate_unsloth_checkpointing = bool(wanted)
 
 
+def _add_saving(model) -> None:
+    model.save_pretrained_merged = MethodType(_save_pretrained_merged, model)
+    rank0_writes.guard(model)
+
+
 def _save_pretrained_merged(self, save_directory, tokenizer=None, save_method="merged_16bit", **kwargs):
-    """Write the model with its adapters merged into the weights: Unsloth's call, for this engine's models."""
+    """Save the model with its adapters merged into the weights, like Unsloth's call."""
     if save_method not in ("merged_16bit", "lora"):
         raise ValueError(
-            f"save_method={save_method!r} needs Unsloth on a GPU; the reference engine knows 'merged_16bit' and 'lora'."
+            f"save_method={save_method!r} needs Unsloth on a GPU; the reference engine supports 'merged_16bit' and 'lora'."
         )
     merge = save_method == "merged_16bit" and hasattr(self, "merge_and_unload")
     model = copy.deepcopy(self).merge_and_unload() if merge else self
     model.save_pretrained(save_directory, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(save_directory)
+
+
+def is_bfloat16_supported() -> bool:
+    """Return `True`: PyTorch computes in bfloat16 on every CPU, while float16 training needs a GPU."""
+    return True
+
+
+_UNSLOTH_NAMES = {
+    **LOADERS,
+    "is_bfloat16_supported": is_bfloat16_supported,
+    "is_bf16_supported": is_bfloat16_supported,
+}
+
+
+class _NoSubmodules(list):
+    """A package's search path that raises `ImportError` when a submodule is looked for."""
+
+    def __iter__(self):
+        raise ImportError(
+            f"This process uses the reference engine (transformers and PEFT), in which `unsloth` has only "
+            f"{', '.join(_UNSLOTH_NAMES)}. Leave the other names out for this run, or run on a machine with a GPU, where "
+            "`unsloth` is Unsloth."
+        )
+
+
+def make_unsloth_module() -> ModuleType:
+    """Return a module for `sys.modules["unsloth"]`, with the names of Unsloth that this engine supports."""
+    module = ModuleType("unsloth")
+    module.__spec__ = ModuleSpec("unsloth", None, origin=__file__, is_package=True)
+    module.__path__ = _NoSubmodules()
+    module.__version__ = version("unsloth")
+    vars(module).update(_UNSLOTH_NAMES)
+    return module

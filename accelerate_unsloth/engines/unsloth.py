@@ -1,4 +1,4 @@
-"""Unsloth's loaders, one per rank: imported first, quiet on all ranks but one, and held to this rank's GPU."""
+"""Unsloth's loaders for several processes: each rank loads onto its own GPU, and only rank 0 prints and saves."""
 
 import functools
 
@@ -8,9 +8,9 @@ from ..launch.topology import topology
 from ..patches import ledger
 from ..reliability import rank0_writes
 from ..reporting.verbosity import muted_prints
-from . import check_model_name, environment, placement
+from . import checks
 
-_ASKED_FOR = "_accelerate_unsloth_checkpointing_asked"  # read by trainers/planning.py
+_ASKED_FOR = "_accelerate_unsloth_checkpointing_asked"  # read by trainers/planner.py
 
 
 def _import_unsloth():
@@ -20,7 +20,7 @@ def _import_unsloth():
     except Exception as error:
         raise ImportError(
             f"Unsloth could not be imported on a machine with GPUs ({type(error).__name__}: {error}). Run "
-            "`python -c 'import unsloth'` to see why, mend it, or choose ACCELERATE_UNSLOTH_ENGINE=reference for "
+            "`python -c 'import unsloth'` to see why and fix it, or set ACCELERATE_UNSLOTH_ENGINE=reference for "
             "transformers and PEFT without Unsloth's kernels."
         ) from error
     return unsloth
@@ -28,11 +28,10 @@ def _import_unsloth():
 
 def only_on_own_gpu(set_cache, own_index: int):
     """
-    `set_cache(self, seq_len, device, dtype)` that passes over other GPUs than `own_index`.
+    Wrap `set_cache(self, seq_len, device, dtype)` so that it does nothing for GPUs other than `own_index`.
 
     Unsloth's rotary embeddings build their caches on every visible GPU (unsloth 2026.10.6, `models/llama.py`,
-    `models/gemma.py`), which would open a CUDA context of every rank on each of them. Delete this when they build them
-    on the current one.
+    `models/gemma.py`). Every rank would open a CUDA context on each of them. Delete this when only the current GPU is used.
     """
 
     @functools.wraps(set_cache)
@@ -54,24 +53,21 @@ def _keep_caches_on_own_gpu() -> None:
 
 def _for_several_processes(base):
     """
-    A loader of Unsloth whose models sit on this rank's GPU and are saved by one process.
+    Return a subclass of an Unsloth loader whose models are on this rank's GPU and are saved by rank 0 only.
 
-    Unsloth places a model on `LOCAL_RANK` by itself (unsloth 2026.10.6, `loader_utils.prepare_device_map`), so its
-    default placement is left alone, and only checked.
+    Unsloth places a model on `LOCAL_RANK` by itself (unsloth 2026.10.6, `loader_utils.prepare_device_map`), so the
+    placement is only checked.
     """
 
     class Loader(base):
         @staticmethod
         @functools.wraps(base.from_pretrained)
         def from_pretrained(*args, **kwargs):
-            for name in (*args[:1], *(value for key, value in kwargs.items() if key == "model_name")):
-                check_model_name(name)
-            environment.check_loading_arguments(kwargs)
-            placement.check_device_map(kwargs.get("device_map"), topology().world_size, placement.this_device())
+            checks.check_loading(args[0] if args else kwargs.get("model_name"), kwargs)
             with muted_prints():
                 model, tokenizer = base.from_pretrained(*args, **kwargs)
             if topology().world_size > 1:
-                placement.check_placement((p.device for p in model.parameters()), placement.this_device())
+                checks.check_placement((p.device for p in model.parameters()), checks.this_device())
             setattr(model, _ASKED_FOR, kwargs.get("use_gradient_checkpointing"))
             rank0_writes.guard(model)
             rank0_writes.guard(tokenizer)
@@ -97,7 +93,7 @@ def _for_several_processes(base):
 unsloth = _import_unsloth()
 if topology().world_size > 1:
     _keep_caches_on_own_gpu()
-# The first two are ours by name as well; scripts that stay as they are may use any.
+# The package exports the first two; unmodified scripts may use any.
 _NAMES = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
 LOADERS = {name: _for_several_processes(getattr(unsloth, name)) for name in _NAMES if hasattr(unsloth, name)}
 FastLanguageModel, FastModel = LOADERS["FastLanguageModel"], LOADERS["FastModel"]

@@ -187,7 +187,7 @@ def get_multi_gpu_status() -> dict[str, Any]:
         "patches": [_describe(patch) for patch in ledger.patches],
     }
     if _active is not None:
-        from ..engines.loaded import choice
+        from ..engines.select import choice
 
         status |= {"engine": asdict(choice), "plugin": asdict(_active.plugin)}
     return status

@@ -5,7 +5,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from ..engines.loaded import LOADERS, choice
+from ..engines.select import LOADERS, choice
 
 # isort: split
 import trl.trainer.sft_trainer
@@ -40,9 +40,9 @@ def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch])
         patches.append(ledger.patch(owner, name, replacement))
 
     if choice.name == "reference":
-        from ..engines import stand_in
+        from ..engines.reference import make_unsloth_module
 
-        patch(sys.modules, "unsloth", stand_in.make_module())
+        patch(sys.modules, "unsloth", make_unsloth_module())
     else:
         for name, loader in LOADERS.items():
             patch(sys.modules["unsloth"], name, loader)

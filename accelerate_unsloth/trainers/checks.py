@@ -1,6 +1,6 @@
 """Mistakes of a launch, its arguments or its data that would show only later, or never."""
 
-from ..engines.loaded import choice
+from ..engines.select import choice
 
 # isort: split
 from accelerate.utils import DistributedType

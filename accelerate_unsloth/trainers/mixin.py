@@ -12,7 +12,7 @@ import functools
 from itertools import islice
 
 from ..engines import kernels
-from ..engines.loaded import choice
+from ..engines.select import choice
 
 # isort: split
 import torch

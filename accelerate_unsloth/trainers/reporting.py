@@ -4,7 +4,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..engines.loaded import choice
+from ..engines.select import choice
 
 # isort: split
 from transformers import TrainerCallback

@@ -1,6 +1,6 @@
 """`trl.SFTTrainer`, as Unsloth left it or plain, for several processes."""
 
-from ..engines.loaded import choice
+from ..engines.select import choice
 
 # isort: split
 import torch

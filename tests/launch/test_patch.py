@@ -25,7 +25,7 @@ def patched_things():
     import transformers
     import trl.trainer.sft_trainer
 
-    from accelerate_unsloth.engines.loaded import FastLanguageModel
+    from accelerate_unsloth.engines.select import FastLanguageModel
     from accelerate_unsloth.trainers.sft import SFTTrainer
 
     owners = (trl, trl.trainer, trl.trainer.sft_trainer)
@@ -189,7 +189,7 @@ def test_a_keyword_that_no_trl_knew_is_refused_as_trl_does(tiny_model, uneven_da
         SFTTrainer(model, SFTConfig(str(tmp_path)), train_dataset=rows, tokenizer=tokenizer, max_sequence_length=16)
 
 
-def test_what_the_stand_in_lacks_is_refused_with_words():
+def test_names_that_the_replacement_of_unsloth_lacks_raise_an_error():
     accelerate_unsloth.enable_multi_gpu()
     for name in ("FastVisionModel", "chat_templates"):
         with pytest.raises(ImportError, match=r"This process uses the reference engine .* has FastLanguageModel"):

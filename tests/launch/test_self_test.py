@@ -144,7 +144,7 @@ def test_the_example_fails_with_status_1_and_the_reason(tmp_path):
     done = command(example, tmp_path, {"ACCELERATE_UNSLOTH_ENGINE": "unsloth"})
     assert done.returncode == 1
     assert "[failed] every process ends in order: ended with status 1" in done.stdout
-    assert "engine='unsloth' was asked for, but" in done.stdout
+    assert "engine='unsloth' was requested, but" in done.stdout
 
 
 @pytest.mark.slow

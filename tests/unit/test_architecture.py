@@ -101,7 +101,7 @@ for name in ("FastLanguageModel", "SFTConfig", "SFTTrainer", "DistributedTrainer
     assert len(tried) == 4
     for begun in tried:
         assert begun[-1] in ("trl", "transformers", "peft")
-        assert "accelerate_unsloth.engines.loaded" in begun
+        assert "accelerate_unsloth.engines.select" in begun
 
 
 @pytest.mark.launch

@@ -106,7 +106,7 @@ import os, sys
 class Finder:
     def find_spec(self, name, *_):
         if name == "transformers":
-            print("accelerate_unsloth.engines.loaded" in sys.modules, flush=True)
+            print("accelerate_unsloth.engines.select" in sys.modules, flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Finder())
 from accelerate_unsloth import ConfigManager

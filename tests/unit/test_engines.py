@@ -1,13 +1,13 @@
-"""The choice of the engine and of the GPU, as functions of numbers; the reference engine on a tiny model."""
+"""The choice of the engine and of the GPU, and the reference engine on a tiny model."""
 
 import copy
 
 import pytest
 import torch
 
-from accelerate_unsloth.engines import check_model_name, resolve
-from accelerate_unsloth.engines.environment import check_unsloth_modes
-from accelerate_unsloth.engines.placement import check_device_map, check_placement
+from accelerate_unsloth.engines import resolve
+from accelerate_unsloth.engines.checks import check_device_map, check_model_name, check_placement
+from accelerate_unsloth.engines.variables import check_unsloth_modes
 from accelerate_unsloth.launch import process
 from accelerate_unsloth.launch.topology import Topology
 
@@ -22,25 +22,25 @@ from accelerate_unsloth.launch.topology import Topology
         ("unsloth", 2, False, "unsloth"),
     ],
 )
-def test_the_engine_follows_the_machine_unless_asked_for(requested, visible_gpus, use_cpu, engine):
+def test_the_engine_follows_the_machine_unless_requested(requested, visible_gpus, use_cpu, engine):
     choice = resolve(requested, visible_gpus, use_cpu)
     assert choice.name == engine
     assert choice.reason
 
 
 @pytest.mark.parametrize(("visible_gpus", "use_cpu"), [(0, False), (2, True)])
-def test_unsloth_without_a_gpu_is_refused(visible_gpus, use_cpu):
+def test_unsloth_without_a_gpu_is_rejected(visible_gpus, use_cpu):
     with pytest.raises(ValueError, match="Unsloth's kernels need one"):
         resolve("unsloth", visible_gpus, use_cpu)
 
 
 @pytest.mark.parametrize("device_map", [None, "sequential", {"": "cuda:1"}, {"": 1}, "cuda:1", "cuda"])
-def test_a_device_map_onto_the_own_gpu_passes(device_map):
+def test_a_device_map_onto_the_own_gpu_is_accepted(device_map):
     check_device_map(device_map, world_size=2, own_device="cuda:1")
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "unsloth", {"": "cuda:0"}, {"a": 0, "b": 1}, "cpu"])
-def test_a_device_map_elsewhere_is_refused_among_several_processes_only(device_map):
+def test_a_device_map_elsewhere_is_rejected_with_several_processes_only(device_map):
     with pytest.raises(ValueError, match="this launch has 2 processes"):
         check_device_map(device_map, world_size=2, own_device="cuda:1")
     check_device_map(device_map, world_size=1, own_device="cuda:0")
@@ -73,7 +73,7 @@ def test_each_rank_takes_its_own_gpu(place, visible, elastic, device, monkeypatc
     assert taken == ([] if device is None else [device])
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_more_processes_than_gpus_are_rejected(monkeypatch):
     monkeypatch.setattr(process, "topology", lambda: Topology(0, 4, 0, 4))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RuntimeError, match=r"4 processes were started on .*, but 2 GPU"):
@@ -81,12 +81,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere", "runs/2026/model"])
-def test_a_path_that_leads_nowhere_is_said_to(name):
+def test_a_path_that_does_not_exist_is_rejected(name):
     with pytest.raises(FileNotFoundError, match="does not exist on this machine"):
         check_model_name(name)
 
 
-def test_a_hub_id_and_an_existing_folder_pass(tmp_path):
+def test_a_hub_id_and_an_existing_folder_are_accepted(tmp_path):
     check_model_name("unsloth/Llama-3.2-1B-Instruct")
     check_model_name(str(tmp_path))
 
@@ -168,7 +168,7 @@ def test_what_a_model_saves_has_the_permissions_of_the_umask_on_one_process_too(
     assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
-def test_a_save_method_of_unsloth_only_is_refused(adapted, tmp_path):
+def test_a_save_method_of_unsloth_only_is_rejected(adapted, tmp_path):
     with pytest.raises(ValueError, match="save_method='merged_4bit' needs Unsloth"):
         adapted[0].save_pretrained_merged(str(tmp_path), save_method="merged_4bit")
 
@@ -177,19 +177,19 @@ def test_a_save_method_of_unsloth_only_is_refused(adapted, tmp_path):
     "environment",
     [{"UNSLOTH_FSDP2": "1"}, {"UNSLOTH_TP_SIZE": "2"}, {"UNSLOTH_PP_SIZE": "4"}, {"UNSLOTH_FSDP2": "true"}],
 )
-def test_unsloths_own_ways_to_use_several_gpus_are_rejected_by_name(environment):
+def test_multi_gpu_modes_of_unsloth_are_rejected_by_name(environment):
     (name,) = environment
     with pytest.raises(ValueError, match=f"Unset {name}"):
         check_unsloth_modes(environment)
 
 
-def test_switches_that_are_off_are_let_through():
+def test_multi_gpu_modes_that_are_off_are_accepted():
     check_unsloth_modes(
         {"UNSLOTH_FSDP2": "0", "UNSLOTH_TP_SIZE": "1", "UNSLOTH_PP_SIZE": "", "UNSLOTH_FSDP2_BACKEND": "x"}
     )
 
 
-def test_layers_outside_of_the_gpu_are_rejected_before_loading(tiny_model):
+def test_layers_outside_of_the_gpu_are_rejected_before_loading():
     from accelerate_unsloth import FastLanguageModel
 
     with pytest.raises(ValueError, match="offload_layers='auto' moves layers"):

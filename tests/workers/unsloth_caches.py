@@ -6,10 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from accelerate_unsloth.engines import environment
+from accelerate_unsloth.engines import variables
 from accelerate_unsloth.launch.topology import topology
 
-environment.prepare(topology().node)
+variables.set_defaults(topology().node)
 os.environ["UNSLOTH_ALLOW_CPU"] = "1"
 import unsloth  # noqa: E402, F401
 

@@ -2,7 +2,7 @@
 
 from unittest import mock
 
-from accelerate_unsloth.engines import loaded  # noqa: F401
+from accelerate_unsloth.engines import select  # noqa: F401
 
 # isort: split
 import torch

@@ -1,7 +1,7 @@
 """
-The engine of this process. Importing this module chooses it, takes this rank's GPU and imports Unsloth if need be.
+Select the engine of this process when imported: bind this rank's GPU, then import Unsloth if it is the engine.
 
-Everything that imports trl, transformers or peft imports this first.
+Unsloth has to be imported before trl, transformers and peft, so every module that uses them imports this one first.
 """
 
 import torch
@@ -11,7 +11,7 @@ from ..launch.topology import topology, uses_cpu
 from ..plugin import UnslothPlugin
 from ..reliability import failures
 from ..reporting.verbosity import quiet_other_ranks
-from . import environment, resolve
+from . import resolve, variables
 
 failures.install()
 process.end_with_launcher()
@@ -25,8 +25,8 @@ choice = resolve(_plugin.engine, torch.cuda.device_count(), _use_cpu)
 quiet_other_ranks(_plugin)
 if not _use_cpu:
     if choice.name == "unsloth":
-        environment.check_unsloth_modes()
-        environment.prepare(topology().node)
+        variables.check_unsloth_modes()
+        variables.set_defaults(topology().node)
     process.bind_device()
     command.show(torch.cuda.device_count())
 
