@@ -31,7 +31,7 @@ def run(script: list[str], launcher: list[str], processes: int, environment, fol
     if rank is None:
         _set_environment(environment)
         end_with(lambda: ranks.supervise([*launcher, *script]))
-    end_with(lambda: _run_script(*rank))
+    end_with(lambda: _run_script(*rank, "-u"))
 
 
 def end_with(function) -> NoReturn:
@@ -56,13 +56,13 @@ def end_with(function) -> NoReturn:
     os._exit(status & 0xFF)
 
 
-def _run_script(script: list[str], environment: dict[str, str]) -> None:
-    """Run a script with its arguments as `python script arguments`, or a module as `python -m module arguments`."""
+def _run_script(script: list[str], environment: dict[str, str], *options: str) -> None:
+    """Run a script as `python script arguments`, or a module as `python -m module arguments`."""
     from . import preload
 
     _set_environment(environment)
     _seed()
-    sys.modules["__main__"] = preload.MAIN
+    sys.modules["__main__"], sys.orig_argv = preload.MAIN, [sys.executable, *options, *script]
     if script[0] == "-m":
         sys.argv, sys.path = script[1:], [os.getcwd(), *preload.PATH[1:]]
         runpy.run_module(script[1], run_name="__main__", alter_sys=True)

@@ -28,7 +28,7 @@ def test_a_forked_rank_starts_as_one_that_the_launcher_starts(tmp_path):
             assert set(CHOSEN) <= rank["environment"].keys()
             for name in CHOSEN:
                 del rank["environment"][name]
-            assert rank["argv"].pop(1) == str(folder)
+            assert rank["argv"].pop(1) == rank["orig_argv"].pop(3) == str(folder)
     assert found["forked"] == found["real"]
     assert found["forked"][1]["ours"] == []
     # The script has seeded nothing: each rank draws by itself, from Python's generator, NumPy's and perhaps PyTorch's.

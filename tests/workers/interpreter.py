@@ -19,6 +19,7 @@ import trl  # noqa: E402, F401
 if __name__ == "__main__":
     found = {
         "argv": sys.argv,
+        "orig_argv": sys.orig_argv,
         "path": sys.path,
         "file": __file__,
         "spec": __spec__,
