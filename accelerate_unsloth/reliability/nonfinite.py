@@ -1,4 +1,4 @@
-"""What a loss or a gradient that is not finite does, on whichever rank it appears."""
+"""Handles a loss or gradient that is not finite, on whichever rank it appears."""
 
 from collections.abc import Iterable
 
@@ -9,18 +9,18 @@ def handle(
     ranks: list[int], step: int, samples: list, on_nonfinite: str, parameters: Iterable, scaled: bool
 ) -> str | None:
     """
-    End the run, or skip the step on all ranks; all of them come here together.
+    End the run, or skip the step on all ranks, which call it together.
 
     Args:
-        ranks (`list[int]`): Ranks whose numbers are not finite, the same list on every rank.
+        ranks (`list[int]`): Ranks whose loss or gradients are not finite, the same list on every rank.
         step (`int`): Index of the step, from 1.
         samples (`list`): Samples of this rank in the step.
         on_nonfinite (`str`): The plugin's option: `"stop"` or `"skip"`.
-        parameters (`Iterable[torch.nn.Parameter]`): What is trained; its gradients are removed to skip the step.
-        scaled (`bool`): Whether a GradScaler skips the step by itself. It has to see the gradients for it.
+        parameters (`Iterable[torch.nn.Parameter]`): Parameters, whose gradients are removed to skip the step.
+        scaled (`bool`): Whether a GradScaler skips the step by itself, for which it needs the gradients.
 
     Returns:
-        `str`: what happened, for rank 0 to print; `None` if all numbers are finite.
+        `str`: what happened, for rank 0 to print, or `None` if all is finite.
 
     Raises:
         FloatingPointError: under `"stop"`, naming ranks and samples.
