@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ..launch.channel import channel
 from ..launch.topology import topology
 from ..policies.aggregation import AggregationMethod
-from ..reliability import checkpoints, rank0_writes, staging
+from ..reliability import checkpoints, rank0_writes
 from ..reliability.checksum import kept_buffers
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ORDER = "trained.safetensors", "optimizer.pt", "trainer_state.json", "order.json"
@@ -31,10 +31,10 @@ def save(trainer, folder: Path) -> Path:
     # A staging folder for this checkpoint alone: another training may be writing its own next to it.
     root = folder.parent / f"{checkpoints.STAGING}-{folder.name}"
     written = root / folder.name
-    shares_disk = staging.prepare(root)
+    shares_disk = checkpoints.prepare_staging(root)
     written.mkdir(exist_ok=True)
     torch.save(rng_states(), written / _rng_file())
-    required = staging.gather_required([_rng_file()], shares_disk)
+    required = checkpoints.gather_required([_rng_file()], shares_disk)
     rank0_writes.write_once("checkpoint", functools.partial(_publish, trainer, written, folder, required))
     return folder
 

@@ -1,9 +1,9 @@
 """
-Tokenise once per node.
+Tokenises once per node.
 
-TRL's preparation runs on every rank, one after the other, and Unsloth's on all at once. Here the first process of each
-node runs it, and all processes of the node map the files of its result. The others run the preparation on a few rows,
-because it also sets up the trainer (its collator, its arguments).
+TRL prepares the data on every rank, one after the other, and Unsloth on all at once. Here the first process of each node
+prepares it, and all processes of the node map the files of its result. The other processes prepare a few rows, because the
+preparation also sets up the trainer (its collator, its arguments).
 """
 
 import functools
@@ -29,7 +29,7 @@ def prepare_once(dataset, prepare: Callable, split: str):
     Run `prepare(dataset)` on one process of each node.
 
     Args:
-        dataset ([`~datasets.Dataset`]): What to prepare; anything else is prepared on every rank.
+        dataset ([`~datasets.Dataset`]): The dataset to prepare; other types are prepared on every rank.
         prepare (`Callable`): The trainer's own preparation, which may also change the trainer.
         split (`str`): Name of the split, for messages.
 
@@ -45,26 +45,26 @@ def prepare_once(dataset, prepare: Callable, split: str):
     with _without_ordering():
         shared = channel().run_on_local_main(f"prepare/{split}", lambda: share(prepared()))
         like = prepared() if topology().is_local_main else _set_up_trainer(dataset, prepare)
-    # Nodes that share a cache replace each other's files, which are mapped when no node writes any more.
+    # Nodes that share a cache replace each other's files, so all map them when no node writes any more.
     channel().gather(f"prepared/{split}", True)
     return open_shared(shared, like)
 
 
 def _set_up_trainer(dataset: datasets.Dataset, prepare: Callable):
-    """Prepare a few rows, for the effects on the trainer; all rows where these few cannot be prepared alone."""
+    """Prepare a few rows, for the effects on the trainer; all rows if these few cannot be prepared alone."""
     table = query_table(dataset.data, range(min(_PROBE_ROWS, len(dataset))), indices=dataset._indices)
-    # In memory, so that `map` leaves no files of these rows in the cache.
+    # In memory, so that `map` writes no files of these rows into the cache.
     few = datasets.Dataset(table, dataset.info, dataset.split).with_format(**dataset.format)
     try:
         return prepare(few)
-    except Exception:  # hides nothing: an error that does not come from the number of rows is raised again
+    except Exception:  # any other error than one of the few rows is raised again
         return prepare(dataset)
 
 
 @contextmanager
 def _without_ordering():
     """
-    Let the preparation run on one rank alone: TRL's waits for all ranks in it (`main_process_first`, trl 1.15.0,
+    Let the preparation run on one rank alone. TRL's waits for all ranks (`main_process_first`, trl 1.15.0,
     `global_then_local_main_first`).
     """
     patches = Ledger()
@@ -79,16 +79,14 @@ def _without_ordering():
 def check_not_empty(dataset, split: str) -> None:
     """
     Raises:
-        ValueError: if the data set has no rows.
+        ValueError: if the dataset has no rows.
     """
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"The {split} data set is empty. Give at least one sample.")
+        raise ValueError(f"The {split} dataset is empty. Give at least one sample.")
 
 
 def check_has_labels(dataset, split: str) -> None:
     """
-    Make sure that there is something to learn.
-
     Raises:
         ValueError: if preparation dropped every sample, or every label is masked.
     """
@@ -97,7 +95,7 @@ def check_has_labels(dataset, split: str) -> None:
     if len(dataset) and ("labels" not in dataset.column_names or _any_label(dataset)):
         return
     raise ValueError(
-        f"No sample of the {split} data set has a token to learn from: all labels are masked ({IGNORED}). Check that "
+        f"No sample of the {split} dataset has a token to learn from: all labels are masked ({IGNORED}). Check that "
         "completions are not empty, and that max_length leaves room for them behind the prompt."
     )
 

@@ -1,9 +1,9 @@
 """
-Give a dataset of one process to the other processes of its node, by the files that it lies in.
+Shares a dataset of one process with the other processes of its node, through files.
 
-`map` and `filter` leave their results in files of the `datasets` cache, and the others map the same files: nothing is
-copied. Only rows in memory are written, to a temporary folder that is removed when the process ends, or by the next one
-that writes if it was killed. Cost: one copy of rows that were in memory, for the time of the launch.
+`map` and `filter` leave their results in files of the `datasets` cache, and the other processes map the same files. Only rows
+in memory are written, to a temporary folder. It is removed when the process ends, or by the next launch if the process was
+killed. Cost: one copy of rows in memory, for the time of the launch.
 """
 
 import atexit
@@ -20,15 +20,15 @@ import datasets
 import psutil
 from datasets.table import MemoryMappedTable, Table, concat_tables
 
-# What `datasets` does to a mapped table without reading it (datasets 4.8, table.py), as far as JSON can hold it. The
-# metadata are made anew from the features.
+# Operations of `datasets` on a mapped table that are repeated when it is mapped again (datasets 4.8, table.py), as far as JSON
+# can hold their arguments. The metadata are made from the features.
 _REPLAYED = {"slice", "select", "drop", "rename_columns"}
-_MADE_ANEW = "replace_schema_metadata"
+_DERIVED = "replace_schema_metadata"
 
 
 def share(dataset: datasets.Dataset) -> dict[str, Any]:
     """
-    Describe where the rows of a dataset lie, and write them first if they lie in memory.
+    Describe in which files the rows of a dataset are, and write rows that are in memory.
 
     Returns:
         `dict`: JSON-serialisable, for [`open_shared`].
@@ -49,19 +49,19 @@ def open_shared(shared: dict[str, Any], like: datasets.Dataset) -> datasets.Data
 
     Args:
         shared (`dict`): What [`share`] returned there.
-        like ([`~datasets.Dataset`]): A dataset of the same format, whatever its rows.
+        like ([`~datasets.Dataset`]): A dataset of the same format, with any rows.
     """
     info = like.info.copy()
     info.features = datasets.Features.from_dict(shared["features"])
     indices = None if shared["indices"] is None else _table(shared["indices"])
     opened = datasets.Dataset(_table(shared["rows"]), info, like.split, indices).with_format(**like.format)
-    # The same on all ranks and in one process, and so is what `map` finds in its cache.
+    # The same on all ranks, so that `map` finds the same files in its cache.
     opened._fingerprint = shared["fingerprint"]
     return opened
 
 
 def _parts(table: Table) -> list[list[Table]]:
-    """Return the tables that `table` consists of: a list of rows, each a list of tables side by side."""
+    """Return the tables that `table` consists of: rows of tables side by side."""
     return getattr(table, "blocks", [[table]])
 
 
@@ -69,7 +69,7 @@ def _is_mapped(table: Table) -> bool:
     return all(
         isinstance(part, MemoryMappedTable)
         and os.path.exists(part.path)
-        and {name for name, _, _ in part.replays} <= {*_REPLAYED, _MADE_ANEW}
+        and {name for name, _, _ in part.replays} <= {*_REPLAYED, _DERIVED}
         for row in _parts(table)
         for part in row
     )
@@ -80,7 +80,7 @@ def _blocks(table: Table) -> list[list]:
         [(part.path, [replay for replay in part.replays if replay[0] in _REPLAYED]) for part in row]
         for row in _parts(table)
     ]
-    return json.loads(json.dumps(blocks, default=int))  # a slice may begin at one of NumPy's integers
+    return json.loads(json.dumps(blocks, default=int))  # a slice may begin at a NumPy integer
 
 
 def _table(blocks: list[list]) -> Table:
@@ -89,26 +89,23 @@ def _table(blocks: list[list]) -> Table:
 
 
 def _written(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Write a dataset to a temporary folder, and return it as it is read from there."""
-    _remove_leftovers()
-    folder = tempfile.mkdtemp(prefix=f"{_prefix()}{os.getpid()}-")
+    """Write a dataset to a temporary folder, and return it mapped from there."""
+    prefix = f"accelerate_unsloth-{socket.gethostname()}-"
+    _remove_leftovers(prefix)
+    folder = tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-")
     atexit.register(_remove, folder, os.getpid())
     dataset.with_format(None).save_to_disk(folder)
     return datasets.load_from_disk(folder, keep_in_memory=False)
 
 
 def _remove(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # not a process that it has forked
+    if os.getpid() == owner:  # not a forked child
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_leftovers() -> None:
+def _remove_leftovers(prefix: str) -> None:
     """Remove the folders of processes that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
-        owner = re.fullmatch(r"(\d+)-[^-]+", folder.name.removeprefix(_prefix()))
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        owner = re.fullmatch(r"(\d+)-[^-]+", folder.name.removeprefix(prefix))
         if owner and not psutil.pid_exists(int(owner[1])):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _prefix() -> str:
-    return f"accelerate_unsloth-{socket.gethostname()}-"

@@ -1,10 +1,10 @@
 """
 Short messages between ranks.
 
-They go through the launcher's key-value store, not through NCCL or Gloo: they work before a process group exists, touch
-no GPU, and a wait ends as soon as another rank reports a failure. One server answers the requests of all ranks, and takes
-no message above 8 MiB. So messages are for set-up, saving and errors: the training step never uses them, and nothing that
-grows with the data travels this way. The keys of a message are deleted when nobody needs them any more.
+They go through the launcher's key-value store, not through NCCL or Gloo: they work before a process group exists, use no
+GPU, and a wait ends as soon as another rank reports a failure. One server answers the requests of all ranks, and accepts no
+message above 8 MiB. So messages are for set-up, saving and errors: the training step never uses them, and nothing that grows
+with the data is sent this way. The keys of a message are deleted when no rank needs them any more.
 """
 
 import atexit
@@ -23,23 +23,23 @@ from .topology import Topology, attempt, topology
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.2
 _STORE_TIMEOUT_S = 600.0
-_OUTLAST_S = 5.0
+_WAIT_AT_EXIT_S = 5.0
 
 
 class PeerFailure(RuntimeError):
-    """Another rank failed and reports it; this one only has to end."""
+    """Another rank failed and reports its error; this rank only has to end."""
 
 
 class Channel:
     """
     Small JSON messages between the ranks of one launch.
 
-    Every method but [`Channel.fail`] is collective: all ranks call the same methods in the same order, so that the
-    n-th call of one rank meets the n-th call of the others.
+    All ranks call [`Channel.gather`], [`Channel.gather_within`] and the `run` methods in the same order, so that the n-th
+    call of one rank belongs to the n-th call of the others.
 
     Args:
-        topology ([`Topology`]): The place of this process.
-        store (`torch.distributed.Store`): A store that all ranks reach.
+        topology ([`Topology`]): Rank and node of this process.
+        store (`torch.distributed.Store`): A store that all ranks can reach.
 
     Example:
 
@@ -56,7 +56,7 @@ class Channel:
         self.topology = topology
         self._store = store
         self._calls = Counter()
-        self._gathered = {}  # name of a gather -> the key that this rank posted last
+        self._gathered = {}  # name of a gather -> the last key that this rank set
 
     def _next_key(self, name: str) -> str:
         self._calls[name] += 1
@@ -69,9 +69,9 @@ class Channel:
         self, keys: list[str], timeout_s: float = math.inf, gives_up: Callable[[], Any] = lambda: False
     ) -> bool:
         """
-        Wait until all `keys` are there, for at most `timeout_s` seconds and until `gives_up()`, which is called at each turn.
+        Wait until all `keys` exist, at most `timeout_s` seconds or until `gives_up()`; return whether they exist.
 
-        `Store.wait` would do, but each of its timeouts is a warning on the console (torch 2.11 to 2.14, `socket.cpp`).
+        `Store.wait` prints a warning for each timeout (torch 2.11 to 2.14, `socket.cpp`).
         """
         deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
         while not self._store.check(keys):
@@ -83,25 +83,21 @@ class Channel:
         return True
 
     def _receive(self, name: str, keys: list[str], senders: Iterable[int]) -> list:
-        """The messages under `keys`, one of each sender. Ends with an error when one of them will not come."""
+        """Return the messages under `keys`, one of each sender. Raise an error when one of them will not come."""
 
         def raise_if_lost():
             failed_rank = self.failed_rank()
             if failed_rank is not None:
                 raise PeerFailure(f"rank {failed_rank} failed while rank {self.topology.rank} waited in {name!r}")
-            if self._store.check(["ended"]):
-                for key, sender in zip(keys, senders, strict=True):
-                    self._require_sender(name, key, sender)
+            for key, sender in zip(keys, senders, strict=True) if self._store.check(["ended"]) else ():
+                if self._store.check([f"ended/{sender}"]) and not self._store.check([key]):
+                    raise RuntimeError(
+                        f"Rank {sender} ended, and rank {self.topology.rank} still waits for it in {name!r}. "
+                        "Every rank has to make this call: look for a call that only some ranks reach."
+                    )
 
         self._arrives(keys, gives_up=raise_if_lost)
         return [json.loads(message) for message in self._store.multi_get(keys)]
-
-    def _require_sender(self, name: str, key: str, sender: int) -> None:
-        if self._store.check([f"ended/{sender}"]) and not self._store.check([key]):
-            raise RuntimeError(
-                f"Rank {sender} ended, and rank {self.topology.rank} still waits for it in {name!r}. "
-                "Every rank has to make this call: look for one that only some ranks reach."
-            )
 
     def gather(self, name: str, value: Any) -> list:
         """
@@ -115,14 +111,14 @@ class Channel:
         own = keys[self.topology.rank]
         self._post(own, value)
         values = self._receive(name, keys, ranks)
-        if name in self._gathered:  # all ranks have sent this value, so they have read the last one
+        if name in self._gathered:  # all ranks have sent this value, so they have read the previous one
             self._store.delete_key(self._gathered[name])
         self._gathered[name] = own
         return values
 
-    def exchange(self, name: str, value: Any, timeout_s: float) -> dict[int, Any]:
+    def gather_within(self, name: str, value: Any, timeout_s: float) -> dict[int, Any]:
         """
-        As [`Channel.gather`], for when something is wrong: takes what arrives within `timeout_s` seconds.
+        Return what the ranks send within `timeout_s` seconds, for reports of errors.
 
         Returns:
             `dict[int, Any]`: the value of each rank, or `None` for one that did not send it in time.
@@ -137,7 +133,7 @@ class Channel:
 
     def run_on_main(self, name: str, function: Callable[[], Any]) -> Any:
         """
-        Run `function` on rank 0 while the others wait; returns its result there and `None` elsewhere.
+        Run `function` on rank 0 while the others wait; return its result there and `None` elsewhere.
 
         Raises:
             PeerFailure: on the waiting ranks if `function` raises on rank 0.
@@ -146,7 +142,7 @@ class Channel:
 
     def run_on_local_main(self, name: str, function: Callable[[], Any]) -> Any:
         """
-        Run `function` on the first process of each node, and give its JSON-serialisable result to all of that node.
+        Run `function` on the first process of each node, and return its JSON-serialisable result on all of that node.
 
         Raises:
             PeerFailure: on the waiting ranks if `function` raises on their node's first process.
@@ -176,7 +172,7 @@ class Channel:
     def _receive_outcome(self, name: str, key: str, sender: int, readers: int) -> Any:
         (outcome,) = self._receive(name, [key], [sender])
         counter = f"{key}/read"
-        if self._store.add(counter, 1) == readers:  # nobody needs them any more
+        if self._store.add(counter, 1) == readers:  # all have read it
             self._store.delete_key(key)
             self._store.delete_key(counter)
         if "error" in outcome:
@@ -185,10 +181,10 @@ class Channel:
 
     def fail(self, report: str) -> tuple[int, str]:
         """
-        Tell every rank that this one ends with an error.
+        Report to all ranks that this one ends with an error.
 
         Args:
-            report (`str`): The error in words.
+            report (`str`): Text of the error.
 
         Returns:
             `tuple[int, str]`: the rank that failed first, and its report.
@@ -199,38 +195,38 @@ class Channel:
         return first, json.loads(self._store.get(f"failed/{first}"))
 
     def end(self) -> None:
-        """Tell the others that this rank sends nothing more."""
-        with suppress(RuntimeError):  # the launcher, and its store with it, may be gone already
+        """Report that this rank sends nothing more."""
+        with suppress(RuntimeError):  # the launcher, and its store with it, may be gone
             self._store.set(f"ended/{self.topology.rank}", "")
-            self._store.set("ended", "")  # one key to look at, whoever ended
+            self._store.set("ended", "")  # one key to check, whichever rank ended
 
-    def outlast(self, timeout_s: float) -> None:
-        """Wait until all ranks have ended, for the rank whose process holds the store."""
+    def wait_for_all_to_end(self, timeout_s: float) -> None:
+        """Wait until all ranks have ended; for the rank whose process holds the store."""
         self._arrives([f"ended/{rank}" for rank in range(self.topology.world_size)], timeout_s)
 
     def failed_rank(self) -> int | None:
-        """The first rank that reported a failure, if any."""
+        """Return the first rank that reported a failure, if any."""
         return int(self._store.get("failed")) if self._store.check(["failed"]) else None
 
     def wait_for_failure_of_main(self, timeout_s: float) -> str | None:
-        """What rank 0 reported as its error, or `None` if it ends without, or reports none within `timeout_s` seconds."""
+        """Return the error that rank 0 reports within `timeout_s` seconds, or `None`, also if it ends without an error."""
         reported = self._arrives(["failed/0"], timeout_s, gives_up=lambda: self._store.check(["ended/0"]))
         return json.loads(self._store.get("failed/0")) if reported else None
 
 
 @lru_cache(maxsize=1)
 def channel() -> Channel:
-    """The channel of this launch; of one process without a launcher, a channel to itself."""
+    """Return the channel of this launch; one process without a launcher gets a channel to itself."""
     import torch.distributed as dist
 
     place = topology()
     if place.world_size == 1:
         return Channel(place, dist.HashStore())
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_STORE_TIMEOUT_S)))
-    # Elastic restarts reuse the agent's store; without the attempt in the prefix a rank would read the last attempt's.
+    # Elastic restarts reuse the agent's store; the attempt in the prefix keeps messages of the last attempt apart.
     connected = Channel(place, dist.PrefixStore(f"accelerate_unsloth/{attempt()}", store))
-    # Without torchelastic rank 0 holds the store, and the others' last messages must not be lost with it.
+    # Without torchelastic rank 0 holds the store, which the other ranks need for their last messages.
     if place.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        atexit.register(connected.outlast, _OUTLAST_S)
+        atexit.register(connected.wait_for_all_to_end, _WAIT_AT_EXIT_S)
     atexit.register(connected.end)  # runs first
     return connected

@@ -1,4 +1,4 @@
-"""What a rank sets up before CUDA and the process group start."""
+"""Set-up of a process before CUDA and the process group start."""
 
 import atexit
 import ctypes
@@ -15,10 +15,10 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def end_with_launcher() -> None:
     """
-    Let the kernel send SIGTERM to this process when its launcher dies, however that happens.
+    Let the kernel send SIGTERM to this process when its launcher dies.
 
-    torchelastic starts each process in a session of its own (torch 2.14.1, `SubprocessHandler._popen`), so that a launcher
-    that is killed leaves them behind: they go on training, and hold their GPUs when the launcher is started again.
+    torchelastic starts each process in a new session (torch 2.14.1, `SubprocessHandler._popen`). Processes whose launcher was
+    killed would continue training, and hold their GPUs when the launcher is started again.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -26,11 +26,11 @@ def end_with_launcher() -> None:
 
 def renew_rendezvous() -> None:
     """
-    Give the process group of a restarted attempt a store of its own. Call before anything builds the process group.
+    Give the process group of a restarted attempt a new store. Call it before anything builds the process group.
 
-    `accelerate launch --max_restarts` lets all attempts share the agent's store, in which the next attempt finds the
+    With `accelerate launch --max_restarts` all attempts share the agent's store, in which the next attempt finds the
     addresses of dead processes and cannot connect (torch 2.14.1, `torch.distributed.rendezvous._create_c10d_store`, with
-    static and c10d rendezvous alike). Delete this when a plain `init_process_group` survives a restart.
+    static and c10d rendezvous). Delete this when a plain `init_process_group` survives a restart.
     """
     if attempt() == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
@@ -43,9 +43,9 @@ def renew_rendezvous() -> None:
 
 def locate() -> None:
     """
-    Find out which ranks share a machine, where the launcher does not tell (`srun`, `mpirun`). Call on all ranks.
+    Find out which ranks share a machine where the launcher does not tell (`srun`, `mpirun`). Call it on all ranks.
 
-    `LOCAL_RANK` and `LOCAL_WORLD_SIZE`, which accelerate reads, are set unless they are.
+    `LOCAL_RANK` and `LOCAL_WORLD_SIZE`, which accelerate reads, are set if they are missing.
     """
     if is_located():
         return
@@ -78,20 +78,20 @@ def check_process_count(known: int) -> None:
 
 def close_process_group_at_exit() -> None:
     """
-    Take the process group down in order when the process ends, as PyTorch asks for.
+    Destroy the process group when the process ends.
 
-    Without it Gloo's threads may still run while the interpreter is taken apart, and abort a run that had succeeded
-    ("terminate called without an active exception", seen once in some hundred launches with torch 2.14.1).
+    Otherwise Gloo's threads may still run during the interpreter's shutdown, and abort a run that had succeeded
+    ("terminate called without an active exception", once in some hundred launches with torch 2.14.1).
     """
+
+    def close() -> None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     if topology().world_size > 1:
-        atexit.register(_close_process_group)
-
-
-def _close_process_group() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        atexit.register(close)
 
 
 def bind_device() -> None:
@@ -106,7 +106,7 @@ def bind_device() -> None:
     place, visible = topology(), torch.cuda.device_count()
     if visible == 0 or place.world_size == 1:
         return
-    # A scheduler may show each of its tasks one GPU of its own; processes of one elastic agent all see the same ones.
+    # A scheduler may show each task only its own GPU; processes of one elastic agent all see the same GPUs.
     one_gpu_each = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     if place.local_world_size > visible and not one_gpu_each:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Where this process stands among the others."""
+"""Rank and node of this process in the launch."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ _LOCAL_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 @dataclass(frozen=True)
 class Topology:
     """
-    The place of one process in the launch.
+    Rank and node of one process in the launch.
 
     Args:
         rank (`int`): Index of this process among all processes.
@@ -32,7 +32,6 @@ class Topology:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Topology":
         """Read the variables that torchelastic sets. Unless [`is_located`], only `rank` and `world_size` are reliable."""
-
         environment = os.environ if environment is None else environment
 
         def read(name, default):
@@ -52,12 +51,12 @@ class Topology:
     @classmethod
     def from_hosts(cls, hosts: list[str], rank: int, environment: Mapping[str, str] | None = None) -> "Topology":
         """
-        Find out which ranks share a node by the names of their machines.
+        Find out from the host names which ranks share a node.
 
         Args:
             hosts (`list[str]`): Host name of each rank, in rank order.
             rank (`int`): Index of this process among all processes.
-            environment (`Mapping[str, str]`, *optional*): Its `LOCAL_RANK`, where there is one, decides the local rank.
+            environment (`Mapping[str, str]`, *optional*): `LOCAL_RANK`, where it is set, decides the local rank.
         """
         environment = os.environ if environment is None else environment
         neighbours = [other for other, host in enumerate(hosts) if host == hosts[rank]]
@@ -83,7 +82,7 @@ _place: Topology | None = None
 
 
 def topology() -> Topology:
-    """The place of this process. Its node is known once the engine is loaded (`distributed.locate`)."""
+    """Return the topology of this process. Its node is known once the engine is loaded (`process.locate`)."""
     global _place
     if _place is None:
         _place = Topology.from_environment()
@@ -91,25 +90,25 @@ def topology() -> Topology:
 
 
 def relocate(place: Topology) -> None:
-    """Replace what the environment said by `place`."""
+    """Replace the topology that was read from the environment."""
     global _place
     _place = place
 
 
 def is_located(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether the launcher tells which ranks share a node. `srun` and `mpirun` leave some of its variables out."""
+    """Return whether the launcher tells which ranks share a node. `srun` and `mpirun` do not set all variables."""
     environment = os.environ if environment is None else environment
     alone = int(environment.get("WORLD_SIZE", 1)) == 1
     return alone or all(name in environment for name in _LOCAL_VARIABLES)
 
 
 def attempt() -> str:
-    """Which attempt of the launcher this is: `"0"`, or more after restarts."""
+    """Return the attempt of the launcher: `"0"`, or more after restarts."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def uses_cpu() -> bool:
-    """Whether this launch was told to stay on the CPU."""
+    """Return whether the launch asks for the CPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 
 
@@ -117,12 +116,12 @@ def declare_cpu_launch() -> None:
     """
     Tell accelerate that several processes on a machine without GPUs belong together.
 
-    accelerate's multi-process launcher does not hand `use_cpu: true` of a config file on to its processes (accelerate
-    1.15, `utils/launch.py: prepare_multi_gpu_env`). A plain `Accelerator()` then takes each of them for a job of its own
-    (`DistributedType.NO`), without a word. Delete this when the launcher sets `ACCELERATE_USE_CPU` there too.
+    accelerate's multi-process launcher does not pass `use_cpu: true` of a config file on to its processes (accelerate 1.15,
+    `utils/launch.py: prepare_multi_gpu_env`). A plain `Accelerator()` then treats each of them as a separate job
+    (`DistributedType.NO`), without a warning. Delete this when the launcher sets `ACCELERATE_USE_CPU` there too.
 
     Raises:
-        RuntimeError: if accelerate's state exists already and knows of one process only.
+        RuntimeError: if accelerate's state exists already and knows one process only.
     """
     world_size = Topology.from_environment().world_size  # not kept: a script may set the variables later
     if world_size == 1 or uses_cpu():
@@ -135,7 +134,7 @@ def declare_cpu_launch() -> None:
     state = sys.modules.get("accelerate.state")
     if state is not None and state.PartialState._shared_state and state.PartialState().num_processes == 1:
         raise RuntimeError(
-            f"The launcher started {world_size} processes without GPUs, but an Accelerator() or PartialState() that was made "
-            "before accelerate_unsloth was imported takes each of them for a job of its own. Import accelerate_unsloth "
-            "first, or set ACCELERATE_USE_CPU=true before the launch."
+            f"The launcher started {world_size} processes without GPUs, but an Accelerator() or PartialState() that was "
+            "created before accelerate_unsloth was imported treats each of them as a separate job. Import "
+            "accelerate_unsloth first, or set ACCELERATE_USE_CPU=true before the launch."
         )

@@ -1,8 +1,8 @@
 """
-What must be equal on all ranks, compared before training.
+Cross-rank consistency checks, before training.
 
-A rank that starts with another learning rate, data set or model does not fail by itself: it makes all of them train
-something that nobody asked for, or wait for each other for ever.
+A rank with another learning rate, dataset or model does not fail by itself: all ranks train something that nobody asked
+for, or hang. Cost: one message per rank, and one pass over the frozen weights.
 """
 
 import hashlib
@@ -26,29 +26,22 @@ _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", 
 # The text of other objects may hold an address in memory.
 _PLAIN = (str, int, float, bool, list, dict, type(None))
 
-# Arguments that differ between ranks by right.
-_LOCAL_ARGUMENTS = {
-    "disable_tqdm",
-    "local_rank",
-    "log_level",
-    "log_level_replica",
-    "logging_dir",
-    "run_name",
-}
+# Arguments that may differ between ranks.
+_LOCAL_ARGUMENTS = {"disable_tqdm", "local_rank", "log_level", "log_level_replica", "logging_dir", "run_name"}
 
-# Entries of a model's configuration that say where it and its code were found, or are compared by themselves.
+# Entries of a model's configuration that depend on its folder, or are compared elsewhere.
 _LOCAL_CONFIGURATION = {"_commit_hash", "_name_or_path", "auto_map", "transformers_version"}
 
-# A longer value is compared by its digest, so that a message can be read.
+# Longer values are compared by their digest, to keep messages readable.
 _LONGEST_VALUE = 200
 
 
 def describe(trainer) -> dict[str, Any]:
     """
-    Everything of a trainer that has to be the same on all ranks, flat and JSON-serialisable.
+    Return what must be the same on all ranks of a trainer, flat and JSON-serialisable.
 
-    Secrets stay out: transformers masks its tokens in `to_dict`, those inside of dictionaries are masked here, and nothing
-    is read from the environment.
+    Secrets stay out: transformers masks its tokens in `to_dict`, those inside dictionaries are masked here, and nothing is
+    read from the environment.
     """
     described = describe_setup(trainer.model, trainer.plugin)
     described |= {
@@ -67,7 +60,7 @@ def describe(trainer) -> dict[str, Any]:
 
 
 def describe_setup(model, plugin) -> dict[str, Any]:
-    """What every kind of trainer has: versions, options, and what of the model is trained."""
+    """Return the part of [`describe`] that every kind of trainer has: versions, options, and trainable tensors."""
     described = {f"version of {name}": version(name) for name in _LIBRARIES}
     described["version of accelerate_unsloth"] = __version__
     described |= {f"plugin option {name}": value for name, value in asdict(plugin).items()}
@@ -78,7 +71,7 @@ def describe_setup(model, plugin) -> dict[str, Any]:
 
 
 def _flat(prefix: str, configuration: dict[str, Any]) -> dict[str, str]:
-    """Return one entry for each value of a configuration, however deep, without those that differ between machines."""
+    """Return one entry for each value of a nested configuration, without those that differ between machines."""
     entries = {}
     for name, value in _masked(configuration).items():
         if isinstance(value, dict):
@@ -93,21 +86,20 @@ def _describe_data(split: str, rows, columns: Collection[str]) -> dict[str, Any]
     """
     Describe a dataset with a length by the columns that training reads.
 
-    Its own fingerprint will not do: it also changes with the address of a function in memory, and machines that share no
-    disk may have different ones for the same rows.
+    Its fingerprint cannot be used: equal rows may have different ones, because of a function's address or another disk.
     """
     if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__"):
         return {}
     lengths = lengths_of(rows)
     return {
-        f"samples of the {split} data set": len(rows),
-        f"lengths of the {split} data set": None if lengths is None else _digest(lengths.tobytes()),
-        f"contents of the {split} data set": digest_of_samples(rows, columns),
+        f"samples of the {split} dataset": len(rows),
+        f"lengths of the {split} dataset": None if lengths is None else _digest(lengths.tobytes()),
+        f"contents of the {split} dataset": digest_of_samples(rows, columns),
     }
 
 
 def _masked(value: Any) -> Any:
-    """A copy of `value` without what its name calls a secret, however deep."""
+    """Return a copy of a nested value in which strings are hidden whose names are those of secrets."""
     if isinstance(value, dict):
         return {
             name: HIDDEN if isinstance(inner, str) and is_secret_name(str(name)) else _masked(inner)
@@ -118,10 +110,10 @@ def _masked(value: Any) -> Any:
 
 def differences(descriptions: list[dict[str, Any]]) -> list[str]:
     """
-    One line for each entry that is not the same on all ranks, without what looks like a secret.
+    Return a line for each entry that is not the same on all ranks, without what looks like a secret.
 
     Args:
-        descriptions (`list[dict]`): What [`describe`] gave on each rank, in rank order.
+        descriptions (`list[dict]`): What [`describe`] returned on each rank, in rank order.
 
     Example:
 
@@ -137,17 +129,17 @@ def differences(descriptions: list[dict[str, Any]]) -> list[str]:
         for rank, description in enumerate(descriptions):
             ranks.setdefault(str(description.get(name, "absent")), []).append(str(rank))
         if len(ranks) > 1:
-            said = "; ".join(f"{value} on rank{'s' * (len(who) > 1)} {', '.join(who)}" for value, who in ranks.items())
-            lines.append(without_secrets(f"{name}: {said}"))
+            values = [f"{value} on rank{'s' * (len(who) > 1)} {', '.join(who)}" for value, who in ranks.items()]
+            lines.append(without_secrets(f"{name}: {'; '.join(values)}"))
     return lines
 
 
 def check(trainer) -> None:
     """
-    Compare the trainers of all ranks. Every rank gets the same answer.
+    Compare the trainers of all ranks, which call it together.
 
     Raises:
-        ValueError: naming each entry that differs, with its ranks and values.
+        ValueError: with each entry that differs, its ranks and values, on every rank.
     """
     if topology().world_size > 1:
         compare(describe(trainer))
@@ -156,13 +148,10 @@ def check(trainer) -> None:
 
 def check_frozen(model) -> None:
     """
-    Compare what training leaves as it is, which no rank takes from another: frozen weights, and the buffers that a model keeps.
-
-    Args:
-        model ([`~torch.nn.Module`]): On its device.
+    Compare the frozen weights and kept buffers of all ranks, which nothing copies from rank 0.
 
     Raises:
-        ValueError: naming the ranks that differ from rank 0, and the first tensors that do.
+        ValueError: with the ranks that differ from rank 0, and the first tensors that differ.
     """
     if topology().world_size == 1:
         return
@@ -181,19 +170,21 @@ def check_frozen(model) -> None:
 
 def compare(description: dict[str, Any]) -> None:
     """
-    Compare what each rank says of itself.
+    Compare the descriptions of all ranks, which call it together.
 
     Args:
-        description (`dict`): JSON-serialisable, with the same entries on all ranks.
+        description (`dict`): JSON-serialisable values by name.
 
     Raises:
-        ValueError: naming each entry that differs, with its ranks and values.
+        ValueError: with each entry that differs, its ranks and values, on every rank.
     """
     lines = differences(channel().gather("settings", description))
     if lines:
         raise ValueError(
-            "The ranks of this launch were set up differently:\n  " + "\n  ".join(lines) + "\nTraining needs the same "
-            "on all of them. Look for code that depends on the rank, the host or the time."
+            "The ranks of this launch are set up differently:\n  "
+            + "\n  ".join(lines)
+            + "\nThey must be equal on all ranks. "
+            "Look for code that depends on the rank, the host or the time."
         )
 
 

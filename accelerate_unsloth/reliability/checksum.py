@@ -1,13 +1,13 @@
-"""Whether tensors are the same on all ranks, by 8 bytes each."""
+"""Checksums of tensors, of 8 bytes each, to compare them across ranks."""
 
 from collections.abc import Mapping
 
 import torch
 
-# PyTorch copies integers to 8 bytes each before it sums them (ReduceOps.cpp, torch 2.11): a piece at a time.
+# In pieces, because PyTorch copies integers to 8 bytes each before it sums them (ReduceOps.cpp, torch 2.11).
 _PIECE = 2**22
 
-# Each value counts times its place, so that the same values in another order make another sum. A prime below 2**16.
+# Each value is multiplied by its place, so that another order gives another sum. A prime below 2**16.
 _PLACES = 65521
 
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -15,13 +15,7 @@ _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.i
 
 def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """
-    A checksum of each tensor, of its bits taken as integers and their places: equal bits give equal sums on any device.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`): Of any shapes and types.
-
-    Returns:
-        `dict[str, int]`: under the same names, in one copy from each device.
+    Return a checksum of each tensor, of any shape and type: equal bits in equal places give equal sums on any device.
 
     Example:
 
@@ -46,13 +40,7 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 def kept_buffers(model) -> dict:
     """
-    The buffers that a model keeps, without those that it makes anew when it is loaded.
-
-    Args:
-        model ([`~torch.nn.Module`]): The model.
-
-    Returns:
-        `dict[str, torch.Tensor]`: by name.
+    Return the buffers in a model's state dictionary, by name, without those that it computes when it is loaded.
 
     Example:
 
@@ -70,6 +58,6 @@ def kept_buffers(model) -> dict:
 def _bit_sum(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     flat = tensor.contiguous().view(-1).view(_SAME_SIZE_INTEGER.get(tensor.element_size(), torch.uint8))
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for piece in flat.split(_PIECE):  # integers wrap around, everywhere alike
+    for piece in flat.split(_PIECE):  # integers overflow in the same way on every device
         total = total * 31 + (piece * places[: len(piece)]).sum()
     return total

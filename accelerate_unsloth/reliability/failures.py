@@ -1,10 +1,10 @@
 """
-One message for one error: what an uncaught exception does in a launch of several processes.
+Prints one message for one uncaught error of a launch of several processes.
 
-Ranks usually fail together, and N tracebacks hide the one sentence that matters. Rank 0 prints what it shares with the
-rank that failed first; that rank gives rank 0 a few seconds to do so, and prints only what rank 0 does not. An error
-that follows from another rank's (a broken connection, say) is not printed. Each process then ends with a non-zero
-status, upon which the launcher ends whoever is left.
+Ranks usually fail together, and N tracebacks hide the one sentence that matters. Rank 0 prints the error if it is that of the
+rank that failed first. That rank waits a few seconds for rank 0, and prints the error only if rank 0 does not. Errors that
+follow from it, such as a broken connection, are not printed. Each process then ends with a non-zero status, upon which the
+launcher ends the others.
 """
 
 import os
@@ -20,7 +20,7 @@ _WAIT_FOR_MAIN_S = 6.0
 
 
 def install() -> None:
-    """Report uncaught exceptions once per launch. Without a launcher Python's own report is already right."""
+    """Report uncaught exceptions once per launch; one process keeps Python's own report."""
     if topology().world_size > 1 and not ledger.holds(sys, "excepthook"):
         ledger.patch(sys, "excepthook", _make_hook(sys.excepthook))
 
@@ -31,8 +31,8 @@ def _make_hook(show):
             return show(kind, error, trace)
         shown_here = True
         try:
-            shown_here = not issubclass(kind, PeerFailure) and _is_ours_to_show(error)
-        finally:  # a store that is gone already must not swallow the error
+            shown_here = not issubclass(kind, PeerFailure) and _should_show(error)
+        finally:  # also if the store is already gone
             if shown_here:
                 show(kind, error, trace)
             sys.stderr.flush()
@@ -42,8 +42,8 @@ def _make_hook(show):
     return report_once
 
 
-def _is_ours_to_show(error: BaseException) -> bool:
-    """Tell the other ranks of `error`, and find out whether this rank is the one to print it."""
+def _should_show(error: BaseException) -> bool:
+    """Report `error` to the other ranks; return whether this rank prints it."""
     report = "".join(traceback.format_exception_only(error)).strip()
     rank = topology().rank
     first_rank, first_report = channel().fail(report)
@@ -53,7 +53,7 @@ def _is_ours_to_show(error: BaseException) -> bool:
 
 
 def _end_process_soon(grace_s: float = 5.0) -> None:
-    """Bound the time that exit handlers and communicator threads may take once this process has failed."""
+    """Limit the time of exit handlers and communicator threads after an error."""
     timer = threading.Timer(grace_s, os._exit, args=(1,))
     timer.daemon = True
     timer.start()

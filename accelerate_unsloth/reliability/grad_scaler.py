@@ -2,7 +2,7 @@
 fp16 steps in which no parameter has a gradient, because every label of the effective batch is masked.
 
 PyTorch's `GradScaler` then raises "No inf checks were recorded for this optimizer" (torch 2.11 to 2.14,
-`amp/grad_scaler.py`), while an optimizer without a scaler passes over such a step. Delete this when the scaler does too.
+`amp/grad_scaler.py`), while an optimizer without a scaler does nothing. Delete this when the scaler does nothing too.
 """
 
 import torch
@@ -12,13 +12,7 @@ from ..patches import Ledger
 
 def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> Ledger:
     """
-    Let a scaler pass over optimizers whose parameters have no gradient: nothing changes, its scale included.
-
-    Args:
-        scaler (`torch.amp.GradScaler`): For one optimizer.
-
-    Returns:
-        [`Ledger`]: undoes it.
+    Let the scaler of one optimizer skip steps in which no parameter has a gradient. Its scale stays, too.
 
     Example:
 

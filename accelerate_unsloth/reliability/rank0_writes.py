@@ -1,8 +1,7 @@
 """
-One writer: in a launch of several processes rank 0 writes, the others wait and learn of a failure. What is written has the
-permissions of the user's umask.
+Lets rank 0 write while the other ranks wait, with the file permissions of the user's umask.
 
-PEFT's and Unsloth's saving methods are called by every rank of a plain script, and would write the same files N times.
+Every rank of a plain script calls PEFT's and Unsloth's saving methods, which would write the same files N times.
 """
 
 import functools
@@ -34,14 +33,11 @@ _writing = False
 
 def write_once(name, write):
     """
-    Run `write` on rank 0 while the other ranks wait.
+    Run `write` on rank 0 while the other ranks wait; return its result there and `None` elsewhere.
 
     Args:
-        name (`str`): What is written, the same on all ranks.
-        write (`Callable[[], Any]`): Writes it.
-
-    Returns:
-        What `write` returned, on rank 0; `None` elsewhere.
+        name (`str`): Name for messages, the same on all ranks.
+        write (`Callable[[], Any]`): Function that writes.
 
     Raises:
         PeerFailure: on the waiting ranks if `write` raised.
@@ -49,8 +45,8 @@ def write_once(name, write):
     Example:
 
     ```python
-    >>> from accelerate_unsloth import saving
-    >>> saving.write_once("notes", lambda: "written")
+    >>> from accelerate_unsloth.reliability.rank0_writes import write_once
+    >>> write_once("notes", lambda: "written")
     'written'
     ```
     """
@@ -73,7 +69,7 @@ def follow_umask(folder) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for file in Path(folder).glob("*.safetensors"):
-        with suppress(PermissionError):  # somebody else's, in a folder that is shared
+        with suppress(PermissionError):  # another user's file, in a shared folder
             file.chmod(0o666 & ~umask)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as the stock Trainer writes them: which files hold the model, and whether they can be read."""
+"""Checkpoints of the stock Trainer: which files hold the model, and whether they can be read."""
 
 import json
 from pathlib import Path
@@ -20,31 +20,27 @@ _ADAPTERS = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
 def weights(checkpoint: Path) -> list[str]:
     """
-    List the files that hold the model or its adapters, relative to the checkpoint; none if there are none.
+    List the files that hold the model or its adapters, relative to the checkpoint.
 
     Raises:
-        OSError: if an index of shards cannot be read.
-        ValueError: if it is not one.
+        OSError, ValueError: if an index of shards cannot be read.
     """
     names = [name for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, *_ADAPTERS) if (checkpoint / name).is_file()]
-    # PEFT writes an adapter of another name than "default" into a folder of that name.
+    # PEFT writes an adapter that is not called "default" into a folder of its name.
     names += [f"{file.parent.name}/{name}" for name in _ADAPTERS for file in sorted(checkpoint.glob(f"*/{name}"))]
     for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         if (checkpoint / index).is_file():
-            names += [index, *_shards(checkpoint / index)]
+            try:
+                shards = set(json.loads((checkpoint / index).read_text())["weight_map"].values())
+            except (KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{index} names no shards") from error
+            names += [index, *sorted(shards)]
     return names
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index.name} names no shards") from error
 
 
 def damage(checkpoint: Path) -> str | None:
     """
-    Say what is wrong with a checkpoint that has no manifest, or return `None` if the Trainer can resume from it.
+    Return what is wrong with a checkpoint that has no manifest, as a text, or `None` if the Trainer can resume from it.
 
     The Trainer writes its state last. So a checkpoint with a state is finished, unless a file was damaged afterwards.
     """

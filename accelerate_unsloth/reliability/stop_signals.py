@@ -1,9 +1,9 @@
 """
 SIGTERM and Ctrl-C: finish the step, save one checkpoint, end.
 
-The signal only leaves a note, which the ranks share in the reduction of the step, so that all of them stop after the
-same one. A rank that is blocked in a collective cannot look at notes; a thread that the signal itself wakes ends the
-process if the others have failed, if it takes too long, or when the user insists.
+The signal only sets a flag, which the ranks share in the reduction of the step, so that all of them stop after the same
+one. A rank that is blocked in a collective cannot read flags. So threads, woken by the signal itself, end the process if
+another rank has failed, if the step takes too long, or on a second signal.
 """
 
 import os
@@ -17,33 +17,36 @@ from ..launch.channel import channel
 
 # torchelastic gives its processes 30 s between SIGTERM and SIGKILL.
 GRACE_S = 20.0
-_REPEAT_S = 1.0
+_REPEAT_S = 1.0  # one Ctrl-C may arrive more than once, through the terminal and the launcher
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def _forget_in_child() -> None:
-    """A forked child, such as a pool's or a data loader's worker, must die of a signal instead of stopping its parent."""
+def _block_signals() -> None:
+    """Delay signals while a process forks: one that arrives in between would reach the parent's listener."""
+    if StopRequest.listeners:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _unblock_signals() -> None:
+    if StopRequest.listeners:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _reset_in_child() -> None:
+    """Let a signal end a forked child, such as a data loader's worker, instead of stopping its parent."""
     if StopRequest.listeners:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    _hold_signals(False)
+    _unblock_signals()
 
 
-def _hold_signals(hold: bool = True) -> None:
-    """Keep signals back while a process forks: one that comes in between would reach the parent's listener."""
-    if StopRequest.listeners:
-        how = signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK
-        signal.pthread_sigmask(how, (signal.SIGTERM, signal.SIGINT))
-
-
-os.register_at_fork(
-    before=_hold_signals, after_in_parent=lambda: _hold_signals(False), after_in_child=_forget_in_child
-)
+os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_reset_in_child)
 
 
 class StopRequest:
     """
-    Whether this process was asked to stop, and by which signal.
+    Holds the signal by which this process was asked to stop, or `None`.
 
     Example:
 
@@ -60,12 +63,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: int | None = None
-        self._first_at = 0.0
-
-    @property
-    def status(self) -> int:
-        """The exit status that shells and schedulers give a process ended by this signal."""
-        return 128 + self.signal
+        self._first_at_s = 0.0
 
     @contextmanager
     def listening(self):
@@ -73,12 +71,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Without a handler the signal would end the process; the thread below sees it.
+        handlers = {number: signal.signal(number, lambda number, frame: None) for number in _SIGNALS}
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
-        watcher.start()
+        threading.Thread(target=self._read_signals, args=(reader,), daemon=True).start()
         StopRequest.listeners += 1
         try:
             yield
@@ -87,38 +85,40 @@ class StopRequest:
             signal.set_wakeup_fd(earlier)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            os.close(writer)  # wakes the watcher, which ends
+            os.close(writer)  # ends the thread
 
-    def _note(self, number, frame):
-        """Nothing: the watcher has seen it. Without a handler the signal would end the process."""
-
-    def _watch(self, reader: int) -> None:
+    def _read_signals(self, reader: int) -> None:
         while number := os.read(reader, 1):
-            if number[0] not in (signal.SIGTERM, signal.SIGINT):
+            if number[0] not in _SIGNALS:
                 continue
             if self.signal is None:
-                self.signal, self._first_at = number[0], time.monotonic()
-                threading.Thread(target=self._insist, daemon=True).start()
-            elif time.monotonic() - self._first_at > _REPEAT_S:
-                os._exit(self.status)
+                self.signal, self._first_at_s = number[0], time.monotonic()
+                threading.Thread(target=self._enforce_deadline, daemon=True).start()
+            elif time.monotonic() - self._first_at_s > _REPEAT_S:
+                self._exit()
         os.close(reader)
-        self._first_at = 0.0
+        self._first_at_s = 0.0
 
-    def _insist(self) -> None:
-        """End the process if the others have failed, or torchelastic is about to kill it."""
+    def _enforce_deadline(self) -> None:
+        """End the process if another rank has failed, or shortly before torchelastic kills it."""
         elastic = self.signal == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
-        deadline = time.monotonic() + (GRACE_S if elastic else float("inf"))
-        while self._first_at:
-            if self._others_failed():
-                os._exit(self.status)
-            if time.monotonic() > deadline:
-                print(f"accelerate_unsloth: no end of step within {GRACE_S:g} s of SIGTERM; ending.", file=sys.stderr)
+        deadline_s = time.monotonic() + (GRACE_S if elastic else float("inf"))
+        while self._first_at_s:
+            if _another_rank_failed():
+                self._exit()
+            if time.monotonic() > deadline_s:
+                print(f"accelerate_unsloth: the step did not end within {GRACE_S:g} s of SIGTERM.", file=sys.stderr)
                 sys.stderr.flush()
-                os._exit(self.status)
+                self._exit()
             time.sleep(0.2)
 
-    def _others_failed(self) -> bool:
-        try:
-            return channel().failed_rank() is not None
-        except RuntimeError:  # the launcher, and its store with it, is gone
-            return True
+    def _exit(self) -> None:
+        """End with the status that shells and schedulers give a process ended by this signal."""
+        os._exit(128 + self.signal)
+
+
+def _another_rank_failed() -> bool:
+    try:
+        return channel().failed_rank() is not None
+    except RuntimeError:  # the launcher, and its store with it, is gone
+        return True

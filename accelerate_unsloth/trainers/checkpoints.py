@@ -13,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..launch.channel import channel
 from ..patches import Ledger
-from ..reliability import checkpoints, rank0_writes, staging, stock_checkpoints
+from ..reliability import checkpoints, rank0_writes, stock_checkpoints
 from .guards import check_weights_are_equal
 from .resume import check_effective_batch, newest_checkpoint
 
@@ -90,9 +90,9 @@ class CheckpointMixin:
         check_weights_are_equal(self.model, self.state.global_step)
         self._staging = run_folder / checkpoints.STAGING
         try:
-            shares_disk = staging.prepare(self._staging)
+            shares_disk = checkpoints.prepare_staging(self._staging)
             super()._save_checkpoint(model, trial)
-            required = staging.gather_required(self._random_states_names(), shares_disk)
+            required = checkpoints.gather_required(self._random_states_names(), shares_disk)
             rank0_writes.write_once("publish", functools.partial(self._publish, run_folder, name, required))
             # Only the rank that publishes knows the name under which the best checkpoint lies now.
             self.state.best_model_checkpoint = channel().gather("best", self.state.best_model_checkpoint)[0]

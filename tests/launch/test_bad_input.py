@@ -7,9 +7,9 @@ from ..launching import WORKERS, launch
 pytestmark = pytest.mark.launch
 
 MESSAGES = {
-    "empty data set": "The training data set is empty",
+    "empty dataset": "The training dataset is empty",
     "missing column": "has the columns 'question', 'answer', and none of the forms that SFT reads",
-    "all labels masked": "No sample of the training data set has a token to learn from",
+    "all labels masked": "No sample of the training dataset has a token to learn from",
     "broken sample": "content",
     "wrong model path": "is a path that does not exist on this machine",
     "4-bit on a CPU": "load_in_4bit=True needs Unsloth on a GPU",

@@ -134,9 +134,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(real_launcher, tiny_mod
 
 ASKED_TWICE = """
 import threading
-from accelerate_unsloth.reliability import stop_signals as stopping
-stopping._REPEAT_S = 0.0  # the launcher passes on what the terminal has sent already
-stop = stopping.StopRequest()
+from accelerate_unsloth.reliability import stop_signals
+stop_signals._REPEAT_S = 0.0  # one Ctrl-C may come from the terminal and the launcher
+stop = stop_signals.StopRequest()
 with stop.listening():
     print("listening", flush=True)
     while stop.signal is None:

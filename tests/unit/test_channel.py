@@ -110,8 +110,8 @@ def test_nobody_waits_for_the_report_of_a_rank_0_that_has_ended():
 
 def test_what_has_not_arrived_in_time_is_none():
     main, other = connect(2)
-    assert main.exchange("stuck", "here", timeout_s=0.01) == {0: "here", 1: None}
-    assert other.exchange("stuck", "there", timeout_s=10.0) == {0: "here", 1: "there"}
+    assert main.gather_within("stuck", "here", timeout_s=0.01) == {0: "here", 1: None}
+    assert other.gather_within("stuck", "there", timeout_s=10.0) == {0: "here", 1: "there"}
 
 
 def test_a_gather_takes_as_many_requests_for_many_ranks_as_for_two():

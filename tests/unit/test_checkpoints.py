@@ -64,7 +64,7 @@ def break_manifest(checkpoint):
 
 DAMAGES = {
     truncate: "model.safetensors has 4 bytes instead of 70",
-    flip: "the checksum of model.safetensors is another",
+    flip: "model.safetensors has another checksum than when it was saved",
     lose_file: "state.json is missing",
     lose_manifest: "has no manifest.json",
     break_manifest: "manifest.json cannot be read",
@@ -76,13 +76,13 @@ def test_the_newest_is_the_one_of_the_highest_step(run_folder):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_checkpoint_is_named_and_passed_over(damage, run_folder):
+def test_a_damaged_checkpoint_is_named_and_skipped(damage, run_folder):
     damage(run_folder / "checkpoint-10")
-    found, passed_over = checkpoints.newest_complete(run_folder)
+    found, skipped = checkpoints.newest_complete(run_folder)
     assert found == run_folder / "checkpoint-4"
-    assert len(passed_over) == 1
-    assert "checkpoint-10 is passed over" in passed_over[0]
-    assert DAMAGES[damage] in passed_over[0]
+    assert len(skipped) == 1
+    assert "checkpoint-10 is skipped" in skipped[0]
+    assert DAMAGES[damage] in skipped[0]
 
 
 def test_what_was_not_published_is_invisible(run_folder):
@@ -188,7 +188,10 @@ def test_a_checksum_of_a_large_file_in_an_earlier_manifest_still_counts(run_fold
     monkeypatch.setattr(checkpoints, "_CHECKSUM_MAX_BYTES", 20)
     assert checkpoints.damage(run_folder / "checkpoint-10") is None
     flip(run_folder / "checkpoint-10")
-    assert checkpoints.damage(run_folder / "checkpoint-10") == "the checksum of model.safetensors is another"
+    assert (
+        checkpoints.damage(run_folder / "checkpoint-10")
+        == "model.safetensors has another checksum than when it was saved"
+    )
 
 
 # ---- Checkpoints of the stock Trainer ----
@@ -244,12 +247,12 @@ STOCK_DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", STOCK_DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_checkpoint_that_the_stock_trainer_could_not_resume_is_passed_over(damage, run_folder):
+def test_a_checkpoint_that_the_stock_trainer_could_not_resume_is_skipped(damage, run_folder):
     damage(write_stock_checkpoint(run_folder, 12))
-    found, passed_over = checkpoints.newest_complete(run_folder)
+    found, skipped = checkpoints.newest_complete(run_folder)
     assert found == run_folder / "checkpoint-10"
-    assert len(passed_over) == 1
-    assert STOCK_DAMAGES[damage] in passed_over[0]
+    assert len(skipped) == 1
+    assert STOCK_DAMAGES[damage] in skipped[0]
 
 
 def test_one_of_ours_without_its_manifest_is_not_taken_for_a_stock_one(run_folder):

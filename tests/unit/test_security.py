@@ -84,17 +84,17 @@ CHANGES = {
     ),
     "number of trainable tensors": change_weight,
     "names, shapes and types of trainable tensors": lambda trainer: trainer.model.to(torch.float64),
-    "samples of the training data set": lambda trainer: setattr(
+    "samples of the training dataset": lambda trainer: setattr(
         trainer, "train_dataset", trainer.train_dataset.select([0, 1])
     ),
-    "lengths of the training data set": lambda trainer: setattr(
+    "lengths of the training dataset": lambda trainer: setattr(
         trainer, "train_dataset", trainer.train_dataset.select([1, 0, 2])
     ),
-    "contents of the training data set": other_tokens("labels"),
-    "samples of the evaluation data set": lambda trainer: setattr(
+    "contents of the training dataset": other_tokens("labels"),
+    "samples of the evaluation dataset": lambda trainer: setattr(
         trainer, "eval_dataset", trainer.eval_dataset.select([0])
     ),
-    "samples of the evaluation one data set": lambda trainer: setattr(
+    "samples of the evaluation one dataset": lambda trainer: setattr(
         trainer, "eval_dataset", {"one": trainer.eval_dataset}
     ),
 }
@@ -160,7 +160,7 @@ def test_equal_data_in_another_place_is_no_difference(trainer, tmp_path):
 
 
 def test_each_difference_is_named_with_ranks_and_values():
-    same = {"argument seed": "1", "samples of the training data set": 8}
+    same = {"argument seed": "1", "samples of the training dataset": 8}
     lines = agreement.differences([same, same | {"argument seed": "2"}, same])
     assert lines == ["argument seed: 1 on ranks 0, 2; 2 on rank 1"]
     assert agreement.differences([same, same]) == []

@@ -7,7 +7,7 @@ import pytest
 
 from accelerate_unsloth.custom_loop import checkpoint
 from accelerate_unsloth.launch.channel import Channel
-from accelerate_unsloth.reliability import checkpoints, staging
+from accelerate_unsloth.reliability import checkpoints
 
 from .test_channel import on_ranks
 
@@ -16,9 +16,9 @@ from .test_channel import on_ranks
 def here(monkeypatch):
     """What this thread takes for the channel of its process, as `here.channel`."""
     here = threading.local()
-    for module in (staging, checkpoint):
+    for module in (checkpoints, checkpoint):
         monkeypatch.setattr(module, "channel", lambda: here.channel)
-    monkeypatch.setattr(staging, "topology", lambda: here.channel.topology)
+    monkeypatch.setattr(checkpoints, "topology", lambda: here.channel.topology)
     return here
 
 
@@ -58,9 +58,9 @@ def test_what_a_rank_writes_stays_and_is_required_where_rank_0_sees_it(disks, sh
     def write(channel):
         here.channel, rank = channel, channel.topology.rank
         folder = tmp_path / disks[rank] / "staging"
-        shares_disk = staging.prepare(folder)
+        shares_disk = checkpoints.prepare_staging(folder)
         (folder / str(rank)).touch()
-        return shares_disk, staging.gather_required([str(rank)], shares_disk)
+        return shares_disk, checkpoints.gather_required([str(rank)], shares_disk)
 
     found = on_ranks(len(disks), write, nodes=len(disks))
     required = [str(rank) for rank, shared in enumerate(shares) if shared]

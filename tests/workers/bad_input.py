@@ -24,7 +24,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
 
 rows = [{"prompt": "a rank ", "completion": "sends its gradient"}] * 8
-if CASE == "empty data set":
+if CASE == "empty dataset":
     rows = []
 elif CASE == "missing column":
     rows = [{"question": "a rank", "answer": "sends"}] * 8

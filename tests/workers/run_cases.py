@@ -90,7 +90,7 @@ def meet(name: str, failed: bool, patience_s: float) -> None:
     """
     ended = {"failed": failed, "messages": dict(channel()._calls)}
     if failed:
-        by_rank = list(channel().exchange("case", ended, patience_s).values())
+        by_rank = list(channel().gather_within("case", ended, patience_s).values())
     else:
         by_rank = channel().gather("case", ended)
     if any(other != by_rank[0] for other in by_rank):
