@@ -1,16 +1,16 @@
 """
-Run a training script as it is, with `enable_multi_gpu()` before its first line.
+Run an unmodified training script with `enable_multi_gpu()` before its first line.
 
     python -m accelerate_unsloth train.py --its arguments
     accelerate launch --config_file FILE -m accelerate_unsloth train.py --its arguments
 
-`ACCELERATE_UNSLOTH_ENABLE=0` runs the script without it, to compare; `1` says what happens anyway. The other
+`ACCELERATE_UNSLOTH_ENABLE=0` runs the script without it, to compare; the default is `1`. The other
 `ACCELERATE_UNSLOTH_*` variables set the options.
 """
 
-import os
 import runpy
 import sys
+from pathlib import Path
 
 from . import patch
 from .launch import command as launch_command
@@ -18,23 +18,14 @@ from .plugin import enabled_by_environment
 
 
 def main(command: list[str]) -> None:
-    """
-    Run a script as `python` would, after enabling.
-
-    Args:
-        command (`list[str]`): The script and its arguments.
-
-    Raises:
-        SystemExit: with status 2 if there is no such script.
-    """
+    """Enable multi-GPU training, then run a script with its arguments as `python` would."""
     if not command or command[0] in ("-h", "--help"):
         print(__doc__.strip(), file=sys.stdout if command else sys.stderr)
         raise SystemExit(0 if command else 2)
     script = command[0]
-    if not os.path.isfile(script):
+    if not Path(script).is_file():
         print(
-            f"accelerate_unsloth: {script!r} is not a file here ({os.getcwd()}). Name the script to run first, and its "
-            "arguments after it.",
+            f"accelerate_unsloth: {script!r} is not a file here ({Path.cwd()}). Give the script before its arguments.",
             file=sys.stderr,
         )
         raise SystemExit(2)
@@ -43,7 +34,7 @@ def main(command: list[str]) -> None:
         patch.enable_multi_gpu()
     sys.argv = command
     if not getattr(sys.flags, "safe_path", False):  # python -P puts no folder there
-        sys.path[0] = os.path.dirname(os.path.realpath(script))
+        sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""The list of everything this library has changed in other modules' memory, so that it can be undone."""
+"""A ledger of everything that this package has replaced in other modules, in memory, so that it can be undone."""
 
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
@@ -23,36 +23,12 @@ class Patch:
 
 @dataclass
 class Ledger:
-    """
-    Patches in the order they were made.
-
-    Example:
-
-    ```python
-    >>> import math
-    >>> from accelerate_unsloth.patches import Ledger
-    >>> ledger = Ledger()
-    >>> ledger.patch(math, "tau", 6)
-    >>> ledger.undo()
-    >>> round(math.tau, 2)
-    6.28
-    ```
-    """
+    """Patches in the order they were made."""
 
     patches: list[Patch] = field(default_factory=list)
 
     def patch(self, owner: Any, name: str, replacement: Any) -> Patch:
-        """
-        Set `owner.name`, and remember what it was on the owner itself (not on its class).
-
-        Args:
-            owner (`Any`): A module, a class, or a mapping such as `sys.modules`, whose entry is set instead.
-            name (`str`): The attribute, or the key.
-            replacement (`Any`): Its new value.
-
-        Returns:
-            [`Patch`]: to undo this one alone.
-        """
+        """Set an attribute, or the entry of a mapping such as `sys.modules`, and return the patch."""
         patch = Patch(owner, name, _slots(owner).get(name, _ABSENT), replacement)
         self.patches.append(patch)
         _set(owner, name, replacement)
@@ -62,7 +38,7 @@ class Ledger:
         return any(patch.owner is owner and patch.name == name for patch in self.patches)
 
     def undo(self, patches: Iterable[Patch] | None = None) -> None:
-        """Restore every attribute, or only those of `patches`; last patch first."""
+        """Restore every attribute, or only those of `patches`, in reverse order."""
         chosen = {id(patch) for patch in (self.patches if patches is None else patches)}
         for patch in [patch for patch in reversed(self.patches) if id(patch) in chosen]:
             _set(patch.owner, patch.name, patch.original)

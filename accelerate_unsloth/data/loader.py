@@ -1,4 +1,4 @@
-"""From a sampler's micro-batches to tensors."""
+"""Turn a sampler's micro-batches of indices into collated tensors, and count their items and tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +12,9 @@ IGNORED = -100
 
 class MicroStep(list):
     """
-    What a rank does in one micro-step that the Trainer counts: none, one or several micro-batches.
+    The micro-batches of one rank in one micro-step that the Trainer counts: none, one or several.
 
-    Attributes:
-        samples (`list[list[int]]`): Indices of the samples of each, as the sampler gave them.
+    Its attribute `samples` holds the indices of the samples of each, as the sampler yielded them.
     """
 
 
@@ -25,11 +24,11 @@ class MicroBatch:
 
     inputs: dict
     items: int  # what its loss is a mean over: positions whose loss counts
-    samples: list[int]  # indices into the training data; empty where they are not known, or not needed
+    samples: list[int]  # indices into the training dataset; empty if they are not known or not needed
 
 
 class _Rows(Dataset):
-    """A dataset that also takes a list of lists of indices, for a micro-step of several micro-batches."""
+    """A dataset that also accepts a list of lists of indices, for a micro-step of several micro-batches."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -51,7 +50,7 @@ class _Rows(Dataset):
 
 
 class _Collator:
-    """Collates each micro-batch with the trainer's own collator."""
+    """The trainer's collator, applied to each micro-batch."""
 
     def __init__(self, collator: Callable[[list], dict]):
         self.collator = collator
@@ -65,7 +64,7 @@ class _Collator:
 
 
 class PlannedDataLoader(DataLoader):
-    """A DataLoader over `batch_sampler` that passes the epoch on to it, as the Trainer expects of its loaders."""
+    """A DataLoader whose `set_epoch`, which the Trainer calls, sets the epoch of its batch sampler."""
 
     def __init__(self, rows, batch_sampler: Sampler, collator: Callable[[list], dict], **options: Any):
         super().__init__(_Rows(rows), batch_sampler=batch_sampler, collate_fn=_Collator(collator), **options)
@@ -78,8 +77,7 @@ def worker_seeding(num_workers: int, rank: int) -> Callable[[int], None]:
     """
     Return a `worker_init_fn` that seeds the workers of each rank differently, as the stock Trainer does.
 
-    All ranks draw the same base seed where their random number generators are seeded alike, so that without it the
-    workers of all ranks would augment their samples with the same numbers.
+    If all ranks are seeded alike, they draw the same base seed, and their workers would augment with the same numbers.
     """
     from transformers.trainer_utils import seed_worker  # here, because Unsloth is imported before transformers
 
@@ -88,14 +86,9 @@ def worker_seeding(num_workers: int, rank: int) -> Callable[[int], None]:
 
 def count_items(batch: dict[str, Any], shifted: bool = True) -> int:
     """
-    Number of positions whose loss counts.
+    Count the positions of a collated micro-batch whose loss counts; without labels, count its rows.
 
-    Args:
-        batch (`dict`): A collated micro-batch, with `labels` or `shift_labels` of shape `(rows, tokens)`.
-        shifted (`bool`, *optional*, defaults to `True`): Whether the model predicts `labels[..., 1:]`.
-
-    Returns:
-        `int`: without labels the number of rows, so that a mean over rows is weighed by them.
+    `labels` and `shift_labels` have shape `(rows, tokens)`. With `shifted` the model predicts `labels[..., 1:]`.
     """
     if "shift_labels" in batch:
         return int(batch["shift_labels"].ne(IGNORED).sum())
@@ -106,7 +99,7 @@ def count_items(batch: dict[str, Any], shifted: bool = True) -> int:
 
 
 def count_tokens(batch: dict[str, Any]) -> int:
-    """Tokens of a collated micro-batch, padding left out where a mask or the lengths of its rows tell it."""
+    """Count the tokens of a collated micro-batch, without padding if a mask or the lengths of its rows are known."""
     if "packed_seq_lengths" in batch:
         return int(batch["packed_seq_lengths"].sum())
     if batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:

@@ -1,8 +1,8 @@
 """
 Balanced assignment of samples of uneven length to ranks and micro-batches, so that no rank waits for a long row.
 
-Rows without padding cost what their tokens cost, and their attention grows with the square of each length. Padded rows
-cost the longest of their micro-batch each. Everything here is a function of its arguments; no rank talks to another.
+Without padding a row costs its tokens, plus attention that grows with the square of its length. A padded row costs as
+much as the longest of its micro-batch. Every rank computes the same assignment, without communication.
 """
 
 import heapq
@@ -12,23 +12,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowCost:
-    """
-    What a sample costs, in tokens.
+    """The cost of a sample, in units of the cost of a token's linear layers."""
 
-    Args:
-        padded (`bool`): Whether rows of a micro-batch are padded to its longest.
-        attention_per_token (`float`):
-            Cost of one token's attention to one other token of its row, in units of a token's linear layers.
-    """
-
-    padded: bool = False
-    attention_per_token: float = 0.0
+    padded: bool = False  # whether rows of a micro-batch are padded to its longest
+    attention_per_token: float = 0.0  # cost of one token's attention to one other token of its row
 
     def of(self, length: int) -> float:
         return length * (1.0 + self.attention_per_token * length)
 
     def tokens(self, lengths: Sequence[int]) -> int:
-        """Tokens that a micro-batch of these rows holds, padding included."""
+        """Count the tokens of a micro-batch of these rows, padding included."""
         return len(lengths) * max(lengths, default=0) if self.padded else sum(lengths)
 
 
@@ -36,10 +29,7 @@ def assign_longest_first(costs: Sequence[float], parts: int, sizes: Sequence[int
     """
     Assign positions of `costs` to `parts` parts of nearly equal sum: longest processing time first (Graham, 1969).
 
-    Args:
-        costs (`Sequence[float]`): Cost of each position.
-        parts (`int`): Number of parts.
-        sizes (`Sequence[int]`, *optional*): How many positions each part takes; as many as it likes by default.
+    The costliest remaining position goes to the part with the lowest sum. `sizes` limits the positions of each part.
 
     Example:
 
@@ -68,14 +58,8 @@ def assign_in_sizes(
     """
     Assign an effective batch to micro-batches of given sizes, so that ranks cost nearly the same.
 
-    Args:
-        samples (`Sequence[int]`): Indices of the samples.
-        lengths (`Sequence[int]`): Tokens of each of them.
-        sizes (`Sequence[Sequence[int]]`): Samples of each micro-batch of each rank; together as many as there are.
-        cost ([`RowCost`]): What rows cost.
-
-    Returns:
-        `list[list[list[int]]]`: samples of each micro-batch of each rank.
+    `sizes[rank][micro_batch]` are the numbers of samples, together as many as there are; the result is
+    `[rank][micro_batch] -> samples`.
 
     Example:
 
@@ -96,7 +80,7 @@ def assign_in_sizes(
 
 
 def _assign_padded_in_sizes(samples, lengths, sizes) -> list[list[list[int]]]:
-    """Neighbours of the sorted lengths share a micro-batch; the next costliest one goes to the rank with the least."""
+    """Fill micro-batches in the order of descending length, always for the rank with the lowest cost so far."""
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     left = [sorted(of_rank) for of_rank in sizes]
     loads, ranks, start = [0.0] * len(sizes), [[] for _ in sizes], 0
@@ -111,10 +95,10 @@ def _assign_padded_in_sizes(samples, lengths, sizes) -> list[list[list[int]]]:
 
 def pack_padded(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
-    Group padded rows into at most `parts` micro-batches, the costliest of which costs as little as possible.
+    Group padded rows into at most `parts` micro-batches, so that the costliest one costs as little as possible.
 
-    A micro-batch costs its count times its longest, so it holds neighbours of the sorted lengths: many short rows, or
-    few long ones. The cap that all of them keep is found by bisection.
+    A micro-batch costs its number of rows times its longest row. It therefore takes neighbors of the sorted lengths:
+    many short rows, or few long ones. The smallest cap on that cost with which `parts` suffice is found by bisection.
     """
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
@@ -140,18 +124,9 @@ def assign_balanced(
     """
     Assign an effective batch to ranks and micro-batches of nearly equal cost; their numbers of samples may differ.
 
-    Args:
-        samples (`Sequence[int]`): Indices of the samples.
-        lengths (`Sequence[int]`): Tokens of each of them.
-        world_size (`int`): Number of processes.
-        cost ([`RowCost`]): What rows cost.
-        token_budget (`int`): Most tokens of a micro-batch, padding included; as few as fit are formed.
-
-    Returns:
-        `list[list[list[int]]]`: samples of each micro-batch of each rank; none of them is empty.
-
-    Raises:
-        ValueError: if one sample alone exceeds the budget.
+    `token_budget` is the most tokens of a micro-batch, padding included; as few micro-batches as possible are formed.
+    The result is `[rank][micro_batch] -> samples`, without empty micro-batches. A sample above the budget is a
+    `ValueError`.
 
     Example:
 
@@ -180,7 +155,7 @@ def split_micro_batches(
     check_fits(samples, lengths, token_budget)
     count = max(1, -(-sum(lengths) // token_budget))
     parts = assign_longest_first(costs, count)
-    # One sample a micro-batch fits in any case, so this ends.
+    # One sample per micro-batch always fits, so this loop ends.
     while any(sum(lengths[i] for i in part) > token_budget for part in parts):
         count += 1
         parts = assign_longest_first(costs, count)
@@ -188,7 +163,7 @@ def split_micro_batches(
 
 
 def _assign_padded(samples, lengths, world_size: int, token_budget: int) -> list[list[list[int]]]:
-    """Micro-batches are formed over all ranks first, because long rows belong together wherever they run."""
+    """Form micro-batches of similar lengths over all ranks, then assign the micro-batches to ranks."""
     check_fits(samples, lengths, token_budget)  # else no count would be large enough
     count = max(1, -(-sum(lengths) // (world_size * token_budget)))
     while True:
@@ -198,7 +173,7 @@ def _assign_padded(samples, lengths, world_size: int, token_budget: int) -> list
             break
         count += 1
     assigned = [[] for _ in range(world_size)]
-    # Over the ranks and back, from the costliest micro-batch on, so that each rank gets as many.
+    # From the costliest micro-batch on, over the ranks and back, so that each rank gets about as many.
     for turn, group in enumerate(sorted(range(len(groups)), key=lambda i: -tokens[i])):
         lap, rank = divmod(turn, world_size)
         assigned[rank if lap % 2 == 0 else world_size - 1 - rank].append([samples[i] for i in groups[group]])
@@ -206,10 +181,7 @@ def _assign_padded(samples, lengths, world_size: int, token_budget: int) -> list
 
 
 def check_fits(samples: Sequence[int], lengths: Sequence[int], token_budget: int) -> None:
-    """
-    Raises:
-        ValueError: if one sample alone exceeds the budget.
-    """
+    """Raise `ValueError` if one sample alone exceeds the budget."""
     longest = max(lengths, default=0)
     if longest > token_budget:
         raise ValueError(

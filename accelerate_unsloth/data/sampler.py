@@ -1,11 +1,10 @@
 """
-Which samples form an optimizer step, and which rank gets which of them.
+Choose the samples of each optimizer step, and assign them to ranks and micro-batches.
 
-The effective batches of an epoch depend on the seed, the epoch and the effective batch size, never on the number of
-processes: any launch of the same effective batch size trains on the same samples in the same step. They are those that
-the stock Trainer forms from the same seed. How they are assigned to ranks and split into micro-batches is another matter: by
-number, or by cost where lengths are known. A last, incomplete effective batch is spread over all ranks; no sample is
-repeated to fill it.
+The effective batches of an epoch depend on seed, epoch and effective batch size, never on the number of processes, and
+are those of the stock Trainer with the same seed. Only their assignment to ranks and micro-batches depends on the
+launch: by number, or by cost if lengths are known. A last, incomplete effective batch is spread over all ranks; no
+sample is repeated to fill it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,40 +27,22 @@ def epoch_order(
     effective_batch: int = 1,
 ) -> list[int]:
     """
-    Return the order in which an epoch visits its samples.
+    Return the order in which an epoch visits its samples; raise `ValueError` for a strategy that cannot be followed.
 
-    Args:
-        num_samples (`int`): Number of samples.
-        seed (`int`): Seed of the run.
-        epoch (`int`): Index of the epoch.
-        strategy (`str`, *optional*, defaults to `"random"`):
-            The Trainer's `train_sampling_strategy`: `"random"`, `"sequential"`, `"group_by_length"`, or `"batch_rebalance"`,
-            whose order is the random one.
-        lengths (`Sequence[int]`, *optional*): Tokens of each sample, for `"group_by_length"`.
-        effective_batch (`int`, *optional*, defaults to `1`): Size of the groups of `"group_by_length"`.
-
-    Raises:
-        ValueError: for another strategy, or `"group_by_length"` without lengths.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.data.sampler import epoch_order
-    >>> epoch_order(4, seed=42, epoch=0, strategy="sequential")
-    [0, 1, 2, 3]
-    ```
+    `strategy` is the Trainer's `train_sampling_strategy`. `lengths`, the tokens of each sample, and `effective_batch`,
+    the size of the groups, are for `"group_by_length"`.
     """
     if strategy == "sequential":
         return list(range(num_samples))
     # `seed + epoch` is how accelerate's SeedableRandomSampler seeds an epoch (accelerate 1.15, data_loader.py).
     generator = torch.Generator().manual_seed(seed + epoch)
-    if strategy in ("random", "batch_rebalance"):  # to balance ranks is what is done with any order
+    if strategy in ("random", "batch_rebalance"):  # ranks are balanced with any order
         return torch.randperm(num_samples, generator=generator).tolist()
     if strategy == "group_by_length":
         if lengths is None:
             raise ValueError(
-                "train_sampling_strategy='group_by_length' takes the lengths of the samples, which are not known without an "
-                "input_ids column. Use 'random'."
+                "train_sampling_strategy='group_by_length' takes the lengths of the samples, which are not known without "
+                "an input_ids column. Use 'random'."
             )
         return get_length_grouped_indices(list(lengths), effective_batch, generator=generator)
     raise ValueError(
@@ -76,14 +57,8 @@ def assign_by_number(
     """
     Split one effective batch into micro-batches by number: `[micro_step][rank] -> samples`.
 
-    A full effective batch is split as the stock Trainer does. An incomplete one takes the fewest micro-steps that
-    hold it, spread over all ranks; the other micro-steps stay empty.
-
-    Args:
-        samples (`Sequence[int]`): At most `world_size * accumulation * micro_batch` samples.
-        world_size (`int`): Number of processes.
-        accumulation (`int`): Micro-steps of an optimizer step.
-        micro_batch (`int`): Samples of one micro-batch.
+    A full effective batch, of `world_size * accumulation * micro_batch` samples, is split as in the stock Trainer. An
+    incomplete one takes the fewest micro-steps that hold it, spread over all ranks; the other micro-steps stay empty.
 
     Example:
 
@@ -97,7 +72,7 @@ def assign_by_number(
     micro_steps, start = [], 0
     for step in range(accumulation):
         remaining = len(samples) - start
-        # Spread over the steps that are left, then over the ranks.
+        # Spread over the remaining steps, then over the ranks.
         of_step = -(-remaining // (steps_needed - step)) if step < steps_needed else 0
         row = []
         for rank in range(world_size):
@@ -110,10 +85,10 @@ def assign_by_number(
 
 class EffectiveBatchSampler(Sampler):
     """
-    What one rank does in each micro-step of the Trainer, `accumulation` of which make an optimizer step.
+    Yield what one rank does in each micro-step of the Trainer, `accumulation` of which make an optimizer step.
 
-    The Trainer counts micro-steps; what is in them is ours. A micro-step is a list of micro-batches: one as the user's
-    arguments split it, none where the rank's share needs fewer, several where a `token_budget` asks for more.
+    A micro-step is a list of micro-batches: one as the user's arguments split it, none if the rank's share needs
+    fewer, several if the `token_budget` requires more.
 
     Args:
         num_samples (`int`): Number of samples.
@@ -122,15 +97,15 @@ class EffectiveBatchSampler(Sampler):
         micro_batch (`int`): Samples of one micro-batch (`per_device_train_batch_size`).
         accumulation (`int`): Micro-steps of an optimizer step (`gradient_accumulation_steps`).
         seed (`int`): Seed of the run.
-        drop_last (`bool`, *optional*, defaults to `False`): Leave out an incomplete last effective batch.
+        drop_last (`bool`, *optional*, defaults to `False`): Drop an incomplete last effective batch.
         strategy (`str`, *optional*, defaults to `"random"`): See [`epoch_order`].
-        lengths (`Sequence[int]`, *optional*): Tokens of each sample, where they are known.
+        lengths (`Sequence[int]`, *optional*): Tokens of each sample, if they are known.
         balance (`bool`, *optional*, defaults to `False`): Assign by cost instead of by number; needs `lengths`.
-        cost ([`RowCost`], *optional*): What a row costs.
+        cost ([`RowCost`], *optional*): Cost of a row.
 
     Attributes:
         token_budget (`int` or `None`): Most tokens of a micro-batch; may be set until the first iteration.
-        first_step (`int`): Step at which the next iteration begins, for a run that goes on in the middle of an epoch.
+        first_step (`int`): Step at which the next iteration begins, for a run that resumes in the middle of an epoch.
 
     Example:
 
@@ -213,7 +188,7 @@ class EffectiveBatchSampler(Sampler):
         yield from (batches[start:end] for start, end in pairwise(edges))
 
     def _order(self, epoch: int) -> list[int]:
-        """The order of an epoch, computed once for all its steps."""
+        """Return the order of an epoch, computed once for all its steps."""
         if self._epoch_of_order != epoch:
             self._epoch_of_order = epoch
             self._order_of_epoch = epoch_order(
@@ -224,17 +199,10 @@ class EffectiveBatchSampler(Sampler):
 
 class EvaluationSampler(Sampler):
     """
-    The evaluation batches of one rank: all samples once, round-robin over the ranks.
+    Yield the evaluation batches of one rank: all samples once, round-robin over the ranks.
 
-    With `lengths`, samples of similar length share a batch, longest first: the ranks' batches of a turn take as long,
-    little is padded, and what does not fit the memory fails at once. The mean loss does not depend on the order.
-
-    Args:
-        num_samples (`int`): Number of samples.
-        world_size (`int`): Number of processes.
-        rank (`int`): This process.
-        batch_size (`int`): Samples of one batch (`per_device_eval_batch_size`).
-        lengths (`Sequence[int]`, *optional*): Tokens of each sample.
+    With `lengths`, samples of similar length share a batch, longest first. Batches that run at the same time take as
+    long, little is padded, and a batch that does not fit fails at once. The mean loss does not depend on the order.
 
     Example:
 

@@ -20,9 +20,9 @@ def check_loading(model_name: str | None, options: Mapping[str, Any]) -> None:
         check_model_name(model_name)
     if offloaded := options.get("offload_layers"):
         raise ValueError(
-            f"offload_layers={offloaded!r} moves layers in and out of the GPU in Unsloth's own way, with one copy in host "
-            "memory per process, which accelerate_unsloth does not support. Leave it out. If the model does not fit, load "
-            "it in 4 bits or shorten the samples."
+            f"offload_layers={offloaded!r} moves layers in and out of the GPU, with one copy in host memory per process. "
+            "accelerate_unsloth does not support that. Leave it out. If the model does not fit, load it in 4 bits or "
+            "shorten the samples."
         )
     check_device_map(options.get("device_map"), topology().world_size, this_device())
 
@@ -38,7 +38,7 @@ def check_model_name(model_name: str) -> None:
 
 
 def check_device_map(device_map: Any, world_size: int, own_device: str) -> None:
-    """Raise `ValueError` if a launch of several processes would load a part of the model outside of this rank's device."""
+    """Raise `ValueError` if one of several processes would load a part of the model outside of its own device."""
     if world_size == 1 or device_map in (None, "sequential"):  # what Unsloth loads by default
         return
     devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}

@@ -47,8 +47,8 @@ def spare_varlen() -> Callable | None:
     Return PyTorch's varlen attention if Unsloth could use it but does not, else `None`.
 
     Unsloth's varlen path passes the keyword `enable_gqa`, which PyTorch 2.12 introduced (unsloth 2026.10.6,
-    `attention_dispatch._load_torch_varlen_attn`). The kernel of 2.11 supports grouped queries without it. Delete this when
-    Unsloth uses the kernel of 2.11, or no longer supports 2.11.
+    `attention_dispatch._load_torch_varlen_attn`). The kernel of 2.11 supports grouped queries without it. Delete this
+    when Unsloth uses the kernel of 2.11, or no longer supports 2.11.
     """
     import torch
 

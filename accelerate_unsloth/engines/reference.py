@@ -19,7 +19,8 @@ from . import checks
 
 _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# Options of Unsloth's loading calls that are ignored: they do not change what is computed, or have no counterpart here.
+# Options of Unsloth's loading calls that are ignored: they do not change what is computed, or have no counterpart
+# here.
 _UNSLOTH_ONLY = {
     "device_map_planner_kwargs", "disable_log_stats", "fast_inference", "fix_tokenizer", "float32_mixed_precision",
     "float8_kv_cache", "gpu_memory_utilization", "load_in_16bit", "loftq_config", "max_lora_rank", "max_seq_length",
@@ -127,7 +128,8 @@ class FastLanguageModel:
             r (`int`, *optional*, defaults to `16`):
                 Rank of the adapters.
             use_gradient_checkpointing (`bool` or `str`, *optional*, defaults to `"unsloth"`):
-                Any true value, `"auto"` included, recomputes activations in the backward, without Unsloth's offloading.
+                Any true value, `"auto"` included, recomputes activations in the backward, without Unsloth's
+                offloading.
 
         Returns:
             [`~peft.PeftModel`]
@@ -183,7 +185,7 @@ def _save_pretrained_merged(self, save_directory, tokenizer=None, save_method="m
     """Save the model with its adapters merged into the weights, like Unsloth's call."""
     if save_method not in ("merged_16bit", "lora"):
         raise ValueError(
-            f"save_method={save_method!r} needs Unsloth on a GPU; the reference engine supports 'merged_16bit' and 'lora'."
+            f"save_method={save_method!r} needs Unsloth on a GPU. Use 'merged_16bit' or 'lora' with the reference engine."
         )
     merge = save_method == "merged_16bit" and hasattr(self, "merge_and_unload")
     model = copy.deepcopy(self).merge_and_unload() if merge else self
@@ -209,9 +211,9 @@ class _NoSubmodules(list):
 
     def __iter__(self):
         raise ImportError(
-            f"This process uses the reference engine (transformers and PEFT), in which `unsloth` has only "
-            f"{', '.join(_UNSLOTH_NAMES)}. Leave the other names out for this run, or run on a machine with a GPU, where "
-            "`unsloth` is Unsloth."
+            "This process uses the reference engine (transformers and PEFT), in which `unsloth` has only "
+            f"{', '.join(_UNSLOTH_NAMES)}. Leave the other names out, or run on a machine with a GPU, where `unsloth` is "
+            "Unsloth."
         )
 
 

@@ -10,20 +10,17 @@ from ..reliability import rank0_writes
 from ..reporting.verbosity import muted_prints
 from . import checks
 
+try:
+    with muted_prints():
+        import unsloth
+except Exception as error:
+    raise ImportError(
+        f"Unsloth could not be imported on a machine with GPUs ({type(error).__name__}: {error}). Run "
+        "`python -c 'import unsloth'` to see why and fix it, or set ACCELERATE_UNSLOTH_ENGINE=reference for "
+        "transformers and PEFT without Unsloth's kernels."
+    ) from error
+
 _ASKED_FOR = "_accelerate_unsloth_checkpointing_asked"  # read by trainers/planner.py
-
-
-def _import_unsloth():
-    try:
-        with muted_prints():
-            import unsloth
-    except Exception as error:
-        raise ImportError(
-            f"Unsloth could not be imported on a machine with GPUs ({type(error).__name__}: {error}). Run "
-            "`python -c 'import unsloth'` to see why and fix it, or set ACCELERATE_UNSLOTH_ENGINE=reference for "
-            "transformers and PEFT without Unsloth's kernels."
-        ) from error
-    return unsloth
 
 
 def only_on_own_gpu(set_cache, own_index: int):
@@ -31,7 +28,8 @@ def only_on_own_gpu(set_cache, own_index: int):
     Wrap `set_cache(self, seq_len, device, dtype)` so that it does nothing for GPUs other than `own_index`.
 
     Unsloth's rotary embeddings build their caches on every visible GPU (unsloth 2026.10.6, `models/llama.py`,
-    `models/gemma.py`). Every rank would open a CUDA context on each of them. Delete this when only the current GPU is used.
+    `models/gemma.py`). Every rank would open a CUDA context on each of them. Delete this when only the current GPU is
+    used.
     """
 
     @functools.wraps(set_cache)
@@ -43,12 +41,10 @@ def only_on_own_gpu(set_cache, own_index: int):
 
 
 def _keep_caches_on_own_gpu() -> None:
-    for module in (unsloth.models.llama, unsloth.models.gemma):
-        for kind in list(vars(module).values()):
-            if isinstance(kind, type) and "_set_cos_sin_cache" in vars(kind):
-                own = only_on_own_gpu(kind._set_cos_sin_cache, torch.cuda.current_device())
-                if not ledger.holds(kind, "_set_cos_sin_cache"):
-                    ledger.patch(kind, "_set_cos_sin_cache", own)
+    name = "_set_cos_sin_cache"
+    for kind in (*vars(unsloth.models.llama).values(), *vars(unsloth.models.gemma).values()):
+        if isinstance(kind, type) and name in vars(kind) and not ledger.holds(kind, name):
+            ledger.patch(kind, name, only_on_own_gpu(vars(kind)[name], torch.cuda.current_device()))
 
 
 def _for_several_processes(base):
@@ -90,7 +86,6 @@ def _for_several_processes(base):
     return Loader
 
 
-unsloth = _import_unsloth()
 if topology().world_size > 1:
     _keep_caches_on_own_gpu()
 # The package exports the first two; unmodified scripts may use any.

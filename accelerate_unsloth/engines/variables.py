@@ -22,7 +22,7 @@ def check_unsloth_modes(environment: Mapping[str, str] | None = None) -> None:
         value = environment.get(name, "").strip().lower()
         if value not in _OFF and not (value.isdigit() and int(value) <= off):
             raise ValueError(
-                f"{name}={environment[name]} turns on a multi-GPU mode of Unsloth, which cannot run together with the plain "
+                f"{name}={environment[name]} turns on a multi-GPU mode of Unsloth, which cannot run together with the "
                 f"data parallelism of accelerate_unsloth. Unset {name}, or import unsloth and trl directly."
             )
 
@@ -34,9 +34,9 @@ def set_defaults(node: int) -> None:
     The allocator reads its settings when CUDA starts, before Unsloth is imported and sets them itself (unsloth_zoo
     2026.10.7, `__init__.py`).
 
-    Unsloth writes generated code into the working directory (unsloth_zoo 2026.10.7, `compiler.py`). On a shared disk all
-    nodes would write the same files, under file locks that some network file systems lack, and nodes with different GPUs
-    would replace each other's. Delete this when Unsloth separates nodes.
+    Unsloth writes generated code into the working directory (unsloth_zoo 2026.10.7, `compiler.py`). On a shared disk
+    all nodes would write the same files, under file locks that some network file systems lack, and nodes with
+    different GPUs would replace each other's. Delete this when Unsloth separates nodes.
     """
     standby = os.environ.get("UNSLOTH_VLLM_STANDBY", "0") != "0"
     windows_subsystem = "microsoft" in platform.release().lower()  # its driver fails on expandable segments

@@ -1,4 +1,4 @@
-"""What a LoRA fine-tune takes on each GPU, item by item, before anything is loaded."""
+"""Estimate the memory of a LoRA fine-tune on each GPU, by item, before anything is loaded."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from .budget import GIB, ModelShape
 from .optimizer_state import state_bytes
 
 EXPERTS_NOTE = (
-    "the weights of experts are counted, but their activations were never measured: they are assumed to be those of a dense "
-    "layer as wide as the active experts"
+    "the weights of experts are counted, but their activations were not measured: they are assumed to be those of a "
+    "dense layer as wide as the active experts"
 )
 
 # Two chunks of `reduction.CHUNK_BYTES`, which is not imported because it brings PyTorch.
 REDUCTION_BYTES = 2 * 2**26
 
-# Of an estimate, beside activations: each is a field with the suffix `_gib`.
+# The items next to activations: each is a field of `Estimate` with the suffix `_gib`.
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "reduction", "workspace", "context")
 
 
@@ -22,20 +22,20 @@ ITEMS = ("weights", "adapters", "gradients", "optimizer", "reduction", "workspac
 class Estimate:
     """Memory of one GPU, by item."""
 
-    weights_gib: float  # with the constants of their quantization
+    weights_gib: float  # with the constants of quantization
     adapters_gib: float  # in 32 bits
     gradients_gib: float
     optimizer_gib: float
     reduction_gib: float  # two chunks of the step's reduction; 0 on one GPU
     workspace_gib: float  # a dequantized weight, and cuBLAS's workspace
     context_gib: float  # CUDA context and Triton's kernels, which PyTorch does not count
-    token_kib: float  # activations of a token in the layers; the loss comes on top
+    token_kib: float  # activations per token in the layers, without those of the loss
     shape: ModelShape
     checkpointing: bool  # whether activations are recomputed
 
     @property
     def resting_gib(self) -> float:
-        """Everything but activations."""
+        """Sum everything but activations."""
         return sum(getattr(self, f"{item}_gib") for item in ITEMS)
 
     def peak_gib(self, tokens: int) -> float:
@@ -47,7 +47,7 @@ class Estimate:
         return self.resting_gib + self.shape.activation_bytes_at_most(tokens, self.checkpointing) / GIB
 
     def largest_micro_batch(self, gpu_gib: float, fraction: float = 0.9) -> int:
-        """Return the tokens of the largest micro-batch in that part of a GPU; 0 if nothing fits."""
+        """Return the tokens of the largest micro-batch within `fraction` of a GPU; 0 if nothing fits."""
         return self.shape.tokens_within((gpu_gib * fraction - self.resting_gib) * GIB, self.checkpointing)
 
 
@@ -60,38 +60,15 @@ def estimate(
     num_gpus: int = 1,
 ) -> Estimate:
     """
-    Estimate a LoRA fine-tune with Unsloth.
+    Estimate a LoRA fine-tune with Unsloth; raise `ValueError` for an optimizer that the Trainer does not know.
 
-    Args:
-        shape ([`ModelShape`]): Sizes of the model.
-        load_in_4bit (`bool`, *optional*, defaults to `True`): NF4 weights instead of 16 bits; embeddings stay in 16.
-        r (`int`, *optional*, defaults to `16`): Rank of the adapters, on all linear layers.
-        optim (`str`, *optional*, defaults to `"adamw_8bit"`): The Trainer's optimizer.
-        checkpointing (`bool`, *optional*, defaults to `True`): Unsloth's offloaded gradient checkpointing.
-        num_gpus (`int`, *optional*, defaults to `1`): Processes; each holds all of it.
-
-    Returns:
-        [`Estimate`]
-
-    Raises:
-        ValueError: for an optimizer that the Trainer does not know.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.memory.estimate import estimate
-    >>> from accelerate_unsloth.memory.budget import ModelShape
-    >>> llama_8b = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
-    >>> round(estimate(llama_8b).weights_gib, 1)
-    5.3
-    ```
+    Embeddings stay in 16 bits, and adapters of rank `r` are on all linear layers. `checkpointing` is Unsloth's, with
+    offloading.
     """
     adapters, working_bytes = shape.lora_values(r), shape.working_bytes
+    linear_bytes = shape.stored_linear_values * (budget.NF4_BYTES if load_in_4bit else 2)
     return Estimate(
-        weights_gib=(
-            shape.stored_linear_values * (budget.NF4_BYTES if load_in_4bit else 2) + 2 * shape.embedding_values
-        )
-        / GIB,
+        weights_gib=(linear_bytes + 2 * shape.embedding_values) / GIB,
         adapters_gib=4 * adapters / GIB,
         gradients_gib=4 * adapters / GIB,
         optimizer_gib=state_bytes(optim) * adapters / GIB,

@@ -1,10 +1,9 @@
 """
-The sizes of a decoder-only model, read off its modules.
+Read the sizes of a decoder-only model from its modules.
 
-Configs name the sizes of experts in many ways, and not all of them say that a layer is a state-space layer. Modules show
-both. Only a model whose layers are attention and gated MLPs, experts among them, has a [`ModelShape`], because what a token
-costs was measured for no others. A model that is not loaded is built on PyTorch's meta device, which takes no memory and
-less than a second.
+Configs name the sizes of experts in many ways, and not all of them say that a layer is a state-space layer. Modules
+show both. Only a model whose layers are attention and gated MLPs, with or without experts, has a [`ModelShape`],
+because no others were measured. A model that is not loaded is built on the meta device, in less than a second.
 """
 
 import copy
@@ -23,11 +22,11 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "moe_topk")
 
 
 class UnknownStructure(ValueError):
-    """A model that has no [`ModelShape`]; the message is a clause that says why."""
+    """The model has no [`ModelShape`]; the message is a clause that says why."""
 
 
 def shape_of(model: Any) -> ModelShape | None:
-    """Read the sizes of a loaded model, with adapters or quantized; return `None` for one that has no such sizes."""
+    """Return the sizes of a loaded model, with adapters or quantized; `None` if it has no [`ModelShape`]."""
     try:
         return read(model)
     except UnknownStructure:
@@ -35,28 +34,12 @@ def shape_of(model: Any) -> ModelShape | None:
 
 
 def read_config(config: Any) -> ModelShape:
-    """
-    Read the sizes of the model that a config describes. Code that comes with a model is not run.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]): Config of a causal language model, which may see or hear as well.
-
-    Raises:
-        UnknownStructure: if transformers has no such model, or its layers are not attention and gated MLPs.
-    """
+    """Read the sizes of the model that a config describes, without running code that comes with the model."""
     return read(on_meta_device(config))
 
 
 def read(model: Any) -> ModelShape:
-    """
-    Read the sizes of a model; of one that also sees or hears, those of its language part.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): On any device.
-
-    Raises:
-        UnknownStructure: if its layers are not attention and gated MLPs.
-    """
+    """Read the sizes of a model, or of its language part; raise [`UnknownStructure`] for other kinds of layers."""
     shape, active = _sizes_of_config(model)
     decoder = _decoder_layers(model, shape.layers)
     layers = [_read_layer(number, layer, shape, active) for number, layer in enumerate(decoder)]
@@ -79,17 +62,17 @@ def on_meta_device(config: Any) -> Any:
         raise UnknownStructure(
             "transformers has no language model for it, and code that comes with a model is not run"
         )
-    own = copy.deepcopy(config)  # building changes it
+    copied = copy.deepcopy(config)  # building changes it
     try:
         with torch.device("meta"):
-            return auto_class.from_config(own, trust_remote_code=False, attn_implementation="eager")
+            return auto_class.from_config(copied, trust_remote_code=False, attn_implementation="eager")
     except Exception as error:  # constructors raise errors of any kind
         what = " ".join(str(error).split())[:200]
         raise UnknownStructure(f"transformers cannot build its model ({type(error).__name__}: {what})") from error
 
 
 def _sizes_of_config(model: Any) -> tuple[ModelShape, int | None]:
-    """The sizes that all configs name alike, and to how many experts a token is sent."""
+    """Return the sizes that all configs name alike, and the number of experts per token."""
     try:
         text = model.config.get_text_config(decoder=True)
         heads = text.num_attention_heads
@@ -105,13 +88,13 @@ def _sizes_of_config(model: Any) -> tuple[ModelShape, int | None]:
             tied=outputs is None or outputs.weight is inputs.weight,
         )
         active = [getattr(text, name, None) for name in _ACTIVE_EXPERTS]
-    except Exception as error:  # configs of layers that differ (Gemma 4) raise errors of their own
+    except Exception as error:  # configs of layers that differ (Gemma 4) raise custom errors
         raise UnknownStructure(f"its config does not give one size for all layers ({error})") from error
     return shape, next((number for number in active if isinstance(number, int)), None)
 
 
 def _decoder_layers(model: Any, number: int) -> list[Any]:
-    """The layers of the decoder, if its only other weights are those of the input embedding."""
+    """Return the layers of the decoder, if its only other weights are those of the input embedding."""
     from torch.nn import ModuleList
 
     embedding = model.get_input_embeddings()
@@ -176,7 +159,7 @@ def _read_layer(number: int, layer: Any, shape: ModelShape, active: int | None) 
 
 def _weights_of(layer: Any) -> tuple[dict[str, dict[str, Size]], list[tuple[str, Size]], list[tuple[str, Size]]]:
     """
-    Linear layers by the block that holds them, stacks of them, and other weights; each with its path.
+    Return linear layers by the block that holds them, stacks of them, and other weights; each with its path.
 
     A stack is one weight of three dimensions, or linear layers of one size in a `ModuleList`.
     """
@@ -208,7 +191,7 @@ def _leaves(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _sizes(module: Any) -> dict[str, Size]:
-    """Sizes of a module's own weights, without biases and norms; of those that bitsandbytes packed, as they were before."""
+    """Return the sizes of a module's own weights, before quantization, without biases and norms."""
     sizes = {}
     for name, weight in module.named_parameters(recurse=False):
         packed = getattr(weight, "quant_state", None)
@@ -219,14 +202,14 @@ def _sizes(module: Any) -> dict[str, Size]:
 
 
 def _attention(shape: ModelShape) -> list[list[Size]]:
-    """Linear layers of attention: q, k, v and o, or the first three as one."""
+    """Return the sizes of the linear layers of attention: q, k, v and o, or the first three as one."""
     hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     separate = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
     return [sorted(separate), sorted([(hidden, queries + 2 * keys), (queries, hidden)])]
 
 
 def _gated_width(sizes: list[Size], hidden: int) -> int | None:
-    """Intermediate size of a gated MLP's linear layers: gate, up and down, or the first two as one. `None` for others."""
+    """Return the width of a gated MLP (gate, up and down, or the first two as one); `None` for other layers."""
     width = sum(inputs * outputs for inputs, outputs in sizes) // (3 * hidden)
     separate, fused = [(hidden, width)] * 3, [(hidden, 2 * width), (hidden, width)]
     found = sorted(map(sorted, sizes))

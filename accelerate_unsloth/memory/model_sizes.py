@@ -1,7 +1,7 @@
 """
-The sizes of a model, from a name: "7B", a hub id, a folder, or a config. Neither weights nor a model's own code are loaded.
+Find the sizes of a model from a name ("7B"), a hub id, a folder or a config, without its weights or its own code.
 
-A script asks for sizes before it imports Unsloth, which must be imported before transformers. The usual dense models are
+A script asks for sizes before it imports Unsloth, which must be imported before transformers. Common dense models are
 therefore read from their `config.json` alone; for others transformers is imported.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from . import model_shape
 from .budget import ModelShape
 
-# Published sizes of the named models. Where several models have one size, that of the model that needs the most memory.
+# Published sizes of the named models. If several models share a size, the one that needs the most memory is listed.
 KNOWN = {
     "135M": ("SmolLM2-135M", ModelShape(576, 1536, 30, 9, 3, 64, 49152, tied=True)),
     "0.5B": ("Qwen2.5-0.5B", ModelShape(896, 4864, 24, 14, 2, 64, 151936, tied=True)),
@@ -48,26 +48,12 @@ class NamedShape:
 
 def resolve(model: Any, before_transformers: Callable[[], None] | None = None) -> NamedShape:
     """
-    Find the sizes of a model; of one that also sees or hears, those of its language part.
+    Find the sizes of a model, or of its language part; raise `ValueError` if they are not known.
 
     Args:
         model (`str`, `Path`, [`~transformers.PreTrainedConfig`] or [`ModelShape`]):
             A size of `KNOWN` such as `"7B"`, a hub id, the folder of a model or of its config, or the config itself.
         before_transformers (`Callable`, *optional*): Called before transformers is imported, if it is needed.
-
-    Returns:
-        [`NamedShape`]
-
-    Raises:
-        ValueError: for a size that is not in the table, a config that cannot be read, or a model whose memory is unknown.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.memory import model_sizes
-    >>> model_sizes.resolve("8b").source
-    '8B, with the dims of Llama-3.1-8B'
-    ```
     """
     if isinstance(model, ModelShape):
         return NamedShape(model, "the sizes that were given")
@@ -93,7 +79,7 @@ def resolve(model: Any, before_transformers: Callable[[], None] | None = None) -
 
 
 def from_config(config: Any) -> ModelShape:
-    """Read the sizes of the model that a transformers config describes; raise `ValueError` if its memory is unknown."""
+    """Read the sizes of the model that a config describes; raise `ValueError` if its memory is unknown."""
     try:
         return model_shape.read_config(config)
     except model_shape.UnknownStructure as error:
@@ -111,7 +97,7 @@ def _read_json(name: str) -> dict[str, Any]:
 
 
 def _dense_shape(config: dict[str, Any]) -> ModelShape | None:
-    """Return the sizes of a model of `_DENSE`; `None` for others, or if the config leaves sizes to defaults."""
+    """Return the sizes of a model of `_DENSE`; `None` for others, and for a config that omits sizes."""
     kind = config.get("model_type")
     if kind not in _DENSE or not all(isinstance(config.get(name), int) for name in _SIZES):
         return None
@@ -134,7 +120,7 @@ def _to_transformers(name: str, config: dict[str, Any]):
 
 def _unknown(name: str, why: str) -> ValueError:
     return ValueError(
-        f"The memory of {name} is unknown: {why}. Only attention with gated MLPs was measured, so nothing is planned. Give "
-        f"a size of published dims near it ({', '.join(KNOWN)}), or a custom ModelShape. To train it, set "
+        f"The memory of {name} is unknown: {why}. Only attention with gated MLPs was measured, so nothing is planned. "
+        f"Give a size of published dims near it ({', '.join(KNOWN)}), or a custom ModelShape. To train it, set "
         "micro_batch_tokens, which is tried before training."
     )

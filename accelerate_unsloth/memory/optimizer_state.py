@@ -1,11 +1,11 @@
-"""How much memory an optimizer keeps for each value that it trains."""
+"""The memory that an optimizer keeps per trainable value."""
 
 import difflib
 from typing import Any
 
-# By the Trainer's `optim`: the states of each with the Trainer's own arguments (transformers 5.17, `trainer_optimizer.py`), times
-# the bytes of one. Paged states are counted as on the GPU, where they are while memory lasts. GaLore and APOLLO project what
-# they keep, by a rank that only the run knows: theirs is the most it can be.
+# By the Trainer's `optim`: number of states with the Trainer's arguments (transformers 5.17, `trainer_optimizer.py`)
+# times bytes per state. Paged states are counted as on the GPU, where they are while memory lasts. GaLore and APOLLO
+# project their states, by a rank that only the run knows: theirs is an upper bound.
 _STATE_BYTES = {
     **dict.fromkeys(("sgd", "adafactor", "lomo", "adalomo", "galore_adafactor", "galore_adafactor_layerwise"), 0),
     **dict.fromkeys(("adamw_torch_4bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1),
@@ -24,31 +24,15 @@ _ADAM_BYTES = 8
 
 
 def state_bytes(optim: Any) -> int:
-    """
-    Bytes of optimizer state a trainable value.
-
-    Args:
-        optim (`str` or [`~transformers.training_args.OptimizerNames`]): The Trainer's `optim`.
-
-    Raises:
-        ValueError: for a name that the Trainer does not know.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.memory.optimizer_state import state_bytes
-    >>> state_bytes("adamw_8bit"), state_bytes("adamw_torch")
-    (2, 8)
-    ```
-    """
+    """Return the bytes of state per trainable value of a Trainer's `optim`; raise `ValueError` for an unknown name."""
     name = getattr(optim, "value", optim)
     if name not in _STATE_BYTES:
         close = difflib.get_close_matches(str(name), _STATE_BYTES, n=1)
         advice = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(sorted(_STATE_BYTES))}."
-        raise ValueError(f"optim={name!r} is not an optimizer of the Trainer's. {advice}")
+        raise ValueError(f"optim={name!r} is not an optimizer of the Trainer. {advice}")
     return _STATE_BYTES[name]
 
 
 def state_bytes_or_adams(optim: Any) -> int:
-    """As [`state_bytes`]; for a name that a later Trainer knows, what AdamW in 32 bits keeps."""
+    """Return [`state_bytes`], or those of AdamW in 32 bits for a name that only a later Trainer knows."""
     return _STATE_BYTES.get(getattr(optim, "value", optim), _ADAM_BYTES)

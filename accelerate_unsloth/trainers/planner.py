@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from ..data.sampler import EffectiveBatchSampler
 from ..engines import kernels
 from ..launch.channel import channel
-from ..memory import budget, gpu_cache, model_shape, optimizer_state
+from ..memory import budget, model_shape, optimizer_state
 from ..plugin import UnslothPlugin
 from ..policies import micro_batch
 from ..policies.plan import Facts, StepPlan, plan
@@ -215,5 +216,5 @@ def leaves_memory(
     if device.type != "cuda":
         return fits
     peak_bytes = torch.cuda.max_memory_allocated(device)
-    gpu_cache.release()
+    clear_device_cache(garbage_collection=True)
     return fits and peak_bytes <= budget.read(device, fraction).limit_bytes

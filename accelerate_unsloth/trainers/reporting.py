@@ -7,10 +7,10 @@ from pathlib import Path
 from ..engines.select import choice
 
 # isort: split
+import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..memory import gpu_cache
 from ..reliability import rank0_writes
 from ..reporting import html
 from ..reporting.memory_warnings import PressureWatch
@@ -68,14 +68,32 @@ class ReportMixin:
 
     def _evaluate(self, *args, **kwargs):
         with self._clock.spending("evaluation_s"):
-            gpu_cache.release_if_in_the_way(self.args.device)
+            release_cache_if_in_the_way(self.args.device)
             metrics = super()._evaluate(*args, **kwargs)
-            gpu_cache.release_if_in_the_way(self.args.device)
+            release_cache_if_in_the_way(self.args.device)
         return metrics
 
     def _save_checkpoint(self, *args, **kwargs):
         with self._clock.spending("checkpoints_s"):
             super()._save_checkpoint(*args, **kwargs)
+
+
+def cache_is_in_the_way(cached_bytes: int, free_bytes: int, total_bytes: int) -> bool:
+    """Return whether PyTorch's cache is over a tenth of a GPU of which less than a quarter is free."""
+    return cached_bytes > 0.1 * total_bytes and free_bytes < 0.25 * total_bytes
+
+
+def release_cache_if_in_the_way(device: torch.device) -> None:
+    """
+    Release PyTorch's cache between training and evaluation, if it is large and the GPU is nearly full.
+
+    Blocks of one phase rarely fit the micro-batches of the other, so the GPU would hold both sets. PyTorch frees them only
+    when an allocation fails.
+    """
+    if device.type == "cuda":
+        cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if cache_is_in_the_way(cached_bytes, *torch.cuda.mem_get_info(device)):
+            torch.cuda.empty_cache()
 
 
 class _RunClock(TrainerCallback):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from ..data.loader import MicroBatch
-from ..memory import gpu_cache
 
 # Repeating a micro-batch takes a copy of the gradients before it: up to 1 GiB in float32.
 MAX_REPEATABLE_VALUES = 2**28
@@ -146,7 +146,7 @@ class StepRunner:
         batch.inputs = {}
         for parameter, gradient in kept:
             parameter.grad = gradient
-        gpu_cache.release()
+        clear_device_cache(garbage_collection=True)
         if len(samples) > 1:
             return self._split(step, samples)
         if self._fall_back("a sample did not fit without it"):

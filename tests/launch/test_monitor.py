@@ -134,23 +134,23 @@ def test_a_gpu_is_read_as_the_driver_and_pytorch_tell(monkeypatch):
     ("cached", "free", "in_the_way"),
     [(8, 1, True), (2, 1, False), (8, 12, False), (2.5, 5.9, True), (2.4, 5.9, False), (2.5, 6, False), (0, 0, False)],
 )
-def test_a_cache_is_given_back_where_it_is_large_and_memory_is_scarce(cached, free, in_the_way):
-    from accelerate_unsloth.trainers.caches import is_in_the_way
+def test_a_large_cache_is_released_if_memory_is_scarce(cached, free, in_the_way):
+    from accelerate_unsloth.trainers.reporting import cache_is_in_the_way
 
-    assert is_in_the_way(cached, free, 24) is in_the_way
+    assert cache_is_in_the_way(cached, free, 24) is in_the_way
 
 
-def test_on_a_cpu_no_cache_is_looked_for(monkeypatch):
+def test_on_a_cpu_no_cache_is_released(monkeypatch):
     import torch
 
-    from accelerate_unsloth.trainers.caches import free_if_in_the_way
+    from accelerate_unsloth.trainers.reporting import release_cache_if_in_the_way
 
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("asked for a GPU"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("queried a GPU"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("emptied a cache"))
-    free_if_in_the_way(torch.device("cpu"))
+    release_cache_if_in_the_way(torch.device("cpu"))
 
 
-def test_the_cache_is_looked_at_before_and_after_an_evaluation(monkeypatch):
+def test_the_cache_is_checked_before_and_after_an_evaluation(monkeypatch):
     from accelerate_unsloth.trainers import reporting
 
     order = []
@@ -164,7 +164,7 @@ def test_the_cache_is_looked_at_before_and_after_an_evaluation(monkeypatch):
         def __init__(self):
             self._clock, self.args = reporting._RunClock(), SimpleNamespace(device="a GPU")
 
-    monkeypatch.setattr(reporting, "free_if_in_the_way", order.append)
+    monkeypatch.setattr(reporting, "release_cache_if_in_the_way", order.append)
     trainer = Trainer()
     assert trainer._evaluate(None) == {"eval_loss": 2.0}
     assert order == ["a GPU", "evaluation", "a GPU"]

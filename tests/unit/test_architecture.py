@@ -1,4 +1,4 @@
-"""The layers of the package, and what an import may cost."""
+"""The layers of the package, and the cost of importing it."""
 
 import ast
 import configparser
@@ -81,10 +81,10 @@ def test_the_command_line_imports_nothing_heavy():
 
 
 def test_the_engine_comes_before_trl_transformers_and_peft():
-    """So that Unsloth, where it is the engine, is imported first whichever name a script begins with."""
-    # A finder that finds nothing sees every name when its import begins, and need not wait for the first of the three.
+    """Unsloth, if it is the engine, is imported first, whichever name a script imports first."""
+    # A finder that finds nothing records every name when its import begins, and exits at the first of the three.
     script = """
-import os, sys, torch  # torch once, before each name is tried in a process of its own
+import os, sys, torch  # torch once, before each name is tried in its own process
 class Finder:
     def find_spec(self, name, *_):
         print(name, flush=True)
@@ -121,7 +121,7 @@ def test_type_checkers_see_the_public_names_where_they_are():
     assert seen == _PUBLIC
 
 
-def test_no_file_is_longer_than_a_reader_keeps_in_mind():
+def test_no_file_is_too_long():
     lengths = sorted(len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py"))
     assert lengths[-1] <= 350
     assert lengths[len(lengths) // 2] < 130

@@ -1,4 +1,4 @@
-"""What a fine-tune takes, before anything is loaded."""
+"""Estimates of memory, compared with measurements."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def test_peaks_of_models_that_nothing_was_fitted_to_are_within_5_percent(case):
     assert predicted_gib(*kind) == pytest.approx(measured_gib, rel=0.05)
 
 
-def test_what_surrounds_the_model_is_what_was_measured():
+def test_weights_and_cuda_contexts_are_as_measured():
     runs = json.loads((ROOT / "benchmarks" / "memory_h100.json").read_text())
     for run in runs.values():
         two = estimate(KNOWN[run["model"]][1], run["bits"] == 4, run["r"], run["optim"], num_gpus=2)
@@ -79,7 +79,7 @@ def test_all_kinds_of_cases_were_measured():
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_no_smaller_micro_batch_takes_more_than_the_largest_that_fits(checkpointing):
-    """The loss is cut into four where its scratch would pass 4 GiB, so memory does not grow with every token."""
+    """The loss is split in four if its scratch memory would exceed 4 GiB, so memory does not grow with every token."""
     left_bytes = 6 * GIB
     largest = LLAMA_8B.tokens_within(left_bytes, checkpointing)
     assert LLAMA_8B.activation_bytes_at_most(largest + 1, checkpointing) > left_bytes
@@ -87,7 +87,7 @@ def test_no_smaller_micro_batch_takes_more_than_the_largest_that_fits(checkpoint
         assert LLAMA_8B.activation_bytes(tokens, checkpointing) <= left_bytes
 
 
-def test_what_each_choice_costs_is_in_its_own_line():
+def test_each_choice_changes_its_own_item():
     one, two = estimate(LLAMA_8B), estimate(LLAMA_8B, num_gpus=2)
     assert (one.reduction_gib, two.reduction_gib) == (0.0, 2 * reduction.CHUNK_BYTES / GIB)
     assert estimate(LLAMA_8B, r=1, num_gpus=2).reduction_gib == estimate(LLAMA_8B, r=1).gradients_gib
@@ -102,8 +102,8 @@ def test_the_state_of_every_optimizer_of_the_trainer_is_known():
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adagrad", "rmsprop"])
-def test_the_state_of_an_optimizer_is_what_it_keeps(optim):
-    """Those that run anywhere, made by the Trainer's own factory, after a step."""
+def test_the_state_of_an_optimizer_has_the_stated_size(optim):
+    """Optimizers that need no GPU, made by the Trainer, after one step."""
     weight = torch.nn.Linear(64, 64, bias=False)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=optim, use_cpu=True))
     optimizer = kind(weight.parameters(), **options)
@@ -114,16 +114,16 @@ def test_the_state_of_an_optimizer_is_what_it_keeps(optim):
     assert held == state_bytes(optim) * weight.weight.numel()
 
 
-def test_an_optimizer_that_the_trainer_does_not_know_is_refused():
+def test_an_optimizer_that_the_trainer_does_not_know_is_rejected():
     with pytest.raises(ValueError, match=r"Did you mean 'adamw_8bit'\?"):
         estimate(LLAMA_8B, optim="adamw_8bits")
-    assert state_bytes_or_adams("one of next year's") == 8
+    assert state_bytes_or_adams("a_later_optimizer") == 8
 
 
 @pytest.mark.parametrize(
     "words", [("--gpu-gib", -1), ("--num-gpus", 0), ("--r", -16), ("--tokens", 0), ("--optim", "adamw_9bit")]
 )
-def test_numbers_that_cannot_be_are_refused(words):
+def test_impossible_numbers_are_rejected(words):
     answer = CliRunner().invoke(app, ["estimate-memory", "8B", *map(str, words)])
     assert answer.exit_code == 2
     assert words[0].strip("-") in answer.output

@@ -1,4 +1,4 @@
-"""From micro-steps to tensors: what is counted is what the loss sees."""
+"""From micro-steps of indices to tensors, and the counts of items and tokens."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ IDS = [[1, 2], [3], [4, 5, 6], [7]]
 
 
 class Rows(list):
-    """A data set without `__getitems__`."""
+    """A dataset without `__getitems__`."""
 
 
 def collate(rows):
-    """Pads with 0; the rows have to be plain dictionaries, as collators may ask for."""
+    """Pad with 0; the rows have to be plain dictionaries, as some collators require."""
     assert all(type(row) is dict for row in rows)
     longest = max(len(row["input_ids"]) for row in rows)
 
@@ -61,12 +61,12 @@ def test_a_micro_step_without_work_is_empty(rows):
     assert micro_steps[1].samples == []
 
 
-def test_batches_of_evaluation_are_collated_as_they_are(rows):
+def test_evaluation_batches_are_collated_unchanged(rows):
     batches = list(PlannedDataLoader(rows, [[0, 2], [1]], collate))
     assert [batch["input_ids"].tolist() for batch in batches] == [[[1, 2, 0], [4, 5, 6]], [[3]]]
 
 
-def test_the_loader_passes_the_epoch_on(rows):
+def test_the_loader_sets_the_epoch_of_the_sampler(rows):
     loader = PlannedDataLoader(rows, sampler(), collate)
     loader.set_epoch(3)
     assert loader.batch_sampler.epoch == 3
@@ -84,7 +84,7 @@ LABELS = torch.tensor([[1, 2, IGNORED], [3, IGNORED, 4]])
         ({"input_ids": LABELS}, True, 2),
     ],
 )
-def test_what_counts_is_what_the_loss_sees(batch, shifted, items):
+def test_items_are_the_positions_whose_loss_counts(batch, shifted, items):
     assert count_items(batch, shifted) == items
 
 
@@ -97,5 +97,5 @@ def test_what_counts_is_what_the_loss_sees(batch, shifted, items):
         ({"pixel_values": LABELS}, 0),
     ],
 )
-def test_padding_is_no_token(batch, tokens):
+def test_padding_is_not_counted(batch, tokens):
     assert count_tokens(batch) == tokens

@@ -1,4 +1,4 @@
-"""The sizes of models, compared with the parameters that they have."""
+"""The sizes of models, compared with their parameters."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ SMALL = {
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 DEEPSEEK = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, **ROUTED}
 
-# With the width that one token uses in the widest layer.
+# Options, and the width that one token uses in the widest layer.
 KNOWN = {
     "llama": ({}, 128),
     "phi3": ({}, 128),
@@ -76,7 +76,7 @@ KNOWN = {
     "solar_open": ({"n_routed_experts": 8, "n_shared_experts": 1, **ROUTED}, 2 * 32 + 32),
 }
 
-# With a part of the layer or decoder that has no place in a shape.
+# Options, and a part of the layer or decoder that a shape cannot describe.
 UNKNOWN = {
     "deepseek_v2": (DEEPSEEK, "self_attn.q_a_proj"),
     "deepseek_v3": (DEEPSEEK, "self_attn.q_a_proj"),
@@ -109,7 +109,7 @@ def built(config):
 
 
 def parameters_of(model) -> int:
-    """Of the language part, with what is shared counted once."""
+    """Count the parameters of the language part, shared ones once."""
     parts = [model.get_decoder(), model.get_output_embeddings()]
     return sum({id(p): p.numel() for part in parts if part for p in part.parameters()}.values())
 
@@ -135,7 +135,7 @@ def test_a_model_of_other_layers_is_unknown_and_the_reason_names_them(model_type
         model_sizes.from_config(config_of(model_type, changes))
 
 
-# By the models' cards, in billions.
+# In billions, from the model cards.
 PUBLISHED = {
     "Mixtral-8x7B": ("mixtral", {}, 46.7),
     "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}, 20.9),
@@ -193,7 +193,7 @@ def test_no_language_model_of_transformers_is_silently_wrong():
 
 
 def counted_twice(model_type):
-    """Weights by the shape and by the model of a default config, or `None` where the shape is unknown."""
+    """Return the weights by shape and by model of a default config, or `None` if the shape is unknown."""
     try:
         model = model_shape.on_meta_device(CONFIG_MAPPING[model_type]())
         return model_type, counted(model_shape.read(model)), parameters_of(model)
@@ -254,7 +254,7 @@ def test_a_loaded_model_of_other_layers_has_no_shape():
     assert model_shape.shape_of(twice) is None
 
 
-def test_reading_a_config_leaves_it_as_it_was():
+def test_reading_a_config_does_not_change_it():
     config = config_of("llama", {})
     before, kernel = config.to_dict(), config._attn_implementation
     model_shape.read_config(config)
@@ -281,7 +281,7 @@ def estimate_memory(folder, config, *words):
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])
-def test_the_command_says_unknown_why_and_what_to_do(tmp_path, words):
+def test_the_command_reports_why_a_model_is_unknown_and_what_to_do(tmp_path, words):
     answer = estimate_memory(tmp_path, config_of("jamba", {}), *words)
     assert answer.exit_code == 2
     assert answer.stdout == ""
@@ -307,9 +307,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     answer = estimate_memory(tmp_path, {"model_type": "own", **own})
     assert answer.exit_code == 2
     assert "is unknown: its config is code that comes with the model" in answer.stderr
-    builtin = estimate_memory(
-        tmp_path, {**config_of("llama", {}).to_dict(), **own}
-    )  # transformers has code of its own
+    builtin = estimate_memory(tmp_path, {**config_of("llama", {}).to_dict(), **own})  # transformers has its own code
     assert builtin.exit_code == 0, builtin.output
     assert not (tmp_path / "was_run").exists()
 

@@ -1,4 +1,4 @@
-"""Level dealing, as a function of numbers."""
+"""Balanced assignment as a function of numbers."""
 
 from itertools import combinations_with_replacement, pairwise
 
@@ -31,7 +31,7 @@ COSTS = st.sampled_from([RowCost(), RowCost(attention_per_token=4e-5), RowCost(p
         ([7], 3, [[0], [], []]),
     ],
 )
-def test_the_heaviest_goes_to_the_lightest(costs, parts, expected):
+def test_the_costliest_sample_goes_to_the_cheapest_part(costs, parts, expected):
     assert assign_longest_first(costs, parts) == expected
 
 
@@ -44,7 +44,7 @@ def test_the_heaviest_goes_to_the_lightest(costs, parts, expected):
         (RowCost(), [], 0),
     ],
 )
-def test_a_micro_batch_holds_its_padding_too(cost, lengths, tokens):
+def test_padding_counts_as_tokens_of_a_micro_batch(cost, lengths, tokens):
     assert cost.tokens(lengths) == tokens
 
 
@@ -71,7 +71,7 @@ PADDED, SQUARE = RowCost(padded=True), RowCost(attention_per_token=1.0)
         ([7, 6, 1], PADDED, 19, [[11, 12], [10]]),  # one more than by the sum, not two
     ],
 )
-def test_a_share_is_split_as_the_budget_asks(lengths, cost, budget, expected):
+def test_a_share_is_split_within_the_budget(lengths, cost, budget, expected):
     assert split_micro_batches(range(10, 10 + len(lengths)), lengths, cost, budget) == expected
 
 
@@ -100,12 +100,12 @@ def test_fixed_sizes_are_balanced(cost):
 @pytest.mark.parametrize(
     ("lengths", "budget", "expected"),
     [
-        # Micro-batches of 60, 60, 50, 40 and 10 tokens go there and back, from the costliest on.
+        # Micro-batches of 60, 60, 50, 40 and 10 tokens go over the ranks and back, from the costliest on.
         ([60, 50, 40, 30, 20, 10], 60, [[[0], [2], [5]], [[3, 4], [1]]]),
-        ([2, 2, 2, 2], 4, [[[0, 1]], [[2, 3]]]),  # no more of them than the budget asks for
+        ([2, 2, 2, 2], 4, [[[0, 1]], [[2, 3]]]),  # no more of them than the budget requires
     ],
 )
-def test_padded_micro_batches_are_few_and_dealt_level(lengths, budget, expected):
+def test_padded_micro_batches_are_few_and_balanced(lengths, budget, expected):
     assert assign_balanced(range(len(lengths)), lengths, 2, PADDED, token_budget=budget) == expected
 
 
@@ -117,7 +117,7 @@ def test_the_costliest_padded_micro_batch_costs_as_little_as_possible(lengths, p
     assert len(groups) <= parts
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     ordered = sorted(lengths, reverse=True)
-    # Every way to cut the sorted rows into neighbours.
+    # Every way to split the sorted rows into neighbors.
     ways = [
         max(PADDED.tokens(ordered[start:end]) for start, end in pairwise([0, *edges, len(ordered)]))
         for edges in combinations_with_replacement(range(len(ordered) + 1), parts - 1)
@@ -142,7 +142,7 @@ def test_a_budget_is_kept_by_all_micro_batches(lengths, world_size, cost, budget
 
 @given(ROWS, st.integers(500, 2000))
 @settings(max_examples=200, deadline=None)
-def test_a_share_is_cut_into_few_micro_batches(lengths, budget):
+def test_a_share_is_split_into_few_micro_batches(lengths, budget):
     batches = split_micro_batches(list(range(len(lengths))), lengths, RowCost(), token_budget=budget)
     assert len(batches) <= 2 * -(-sum(lengths) // budget)  # no worse than any first-fit packing
 
@@ -153,8 +153,8 @@ def test_a_sample_above_the_budget_is_named(cost):
         assign_balanced([7, 8], [10, 90], 2, cost, token_budget=80)
 
 
-def test_ranks_are_level_on_the_lengths_of_the_benchmark():
-    """16 samples a rank, 4 ranks: the slowest has at most 1.02 times the mean of each of a thousand steps."""
+def test_ranks_are_balanced_on_the_lengths_of_the_benchmark():
+    """16 samples per rank, 4 ranks: in each of 1,000 steps the slowest takes at most 1.02 times the mean."""
     generator, cost = np.random.default_rng(0), RowCost(attention_per_token=3.8e-5)
     for _ in range(1000):
         lengths = np.clip(generator.lognormal(6.9, 1.0, 64) / 3.2, 1, 2048).astype(int).tolist()
@@ -163,7 +163,7 @@ def test_ranks_are_level_on_the_lengths_of_the_benchmark():
         assert max(loads) / (sum(loads) / 4) <= 1.02
 
 
-def test_padded_rows_meet_their_like():
+def test_padded_rows_of_similar_length_share_a_micro_batch():
     ranks = assign_balanced(list(range(6)), [100, 10, 90, 9, 11, 12], 2, RowCost(padded=True), token_budget=200)
     assert sorted(sorted(batch) for batches in ranks for batch in batches) == [[0, 2], [1, 3, 4, 5]]
 
@@ -178,7 +178,7 @@ def test_lengths_are_those_of_the_rows_also_after_a_selection(tmp_path):
     assert lengths_of(rows.to_iterable_dataset()) is None
 
 
-def test_different_lengths_are_those_of_documents_where_rows_are_packed():
+def test_different_lengths_are_those_of_documents_if_rows_are_packed():
     rows = Dataset.from_dict({"input_ids": [[1] * n for n in (6, 6, 4)], "seq_lengths": [[1, 5], [3, 3], [4]]})
     lengths = lengths_of(rows)
     assert count_different(rows, lengths) == 4

@@ -1,4 +1,4 @@
-"""Decisions as functions of numbers."""
+"""Policies as functions of numbers."""
 
 import pytest
 
@@ -19,7 +19,7 @@ from accelerate_unsloth.reliability.watchdog import resolve_timeout
         ("cudnn", False, False, 0, "cudnn"),
     ],
 )
-def test_cudnn_is_kept_away_from_many_lengths(requested, segments, cudnn, lengths, backend):
+def test_cudnn_is_not_used_for_many_lengths(requested, segments, cudnn, lengths, backend):
     choice = attention.resolve(requested, attention.Facts(segments, "xformers runs them", cudnn, lengths))
     assert choice.backend == backend
     assert choice.reason
@@ -34,7 +34,7 @@ def test_cudnn_is_kept_away_from_many_lengths(requested, segments, cudnn, length
         (False, True, 1500, "unchanged"),
     ],
 )
-def test_one_call_for_all_rows_is_best_where_it_can_be_had(segments, cudnn, lengths, backend):
+def test_one_call_for_all_rows_is_preferred_if_available(segments, cudnn, lengths, backend):
     choice = attention.resolve("auto", attention.Facts(segments, "xformers", cudnn, lengths, has_varlen=True))
     assert (choice.backend, choice.keeps_cudnn) == (backend, False)
 
@@ -49,7 +49,7 @@ def test_rows_of_a_few_lengths_may_have_both():
         assert torch.backends.cuda.cudnn_sdp_enabled() == before is True
 
 
-def test_a_kernel_that_is_not_there_is_refused_with_the_reason():
+def test_an_unavailable_kernel_is_rejected_with_the_reason():
     with pytest.raises(ValueError, match="xformers runs them"):
         attention.resolve("varlen", attention.Facts(False, "xformers runs them", True, 1500))
 
@@ -58,7 +58,7 @@ def test_a_kernel_that_is_not_there_is_refused_with_the_reason():
     ("backend", "expected"),
     [("varlen", (False, True, True)), ("flash", (False, True, True)), ("efficient", (False, False, True))],
 )
-def test_the_kernel_is_that_of_the_training_and_the_old_one_comes_back(backend, expected):
+def test_the_kernel_is_restored_after_training(backend, expected):
     import torch
 
     cuda = torch.backends.cuda
@@ -80,14 +80,14 @@ def test_the_kernel_is_that_of_the_training_and_the_old_one_comes_back(backend, 
         ("auto", False, 1_500, 60_000, 2048, 7_000, "unsloth"),  # the longest sample does not fit without it
         ("auto", False, 5_000, 60_000, 6_000, 5_000, "unsloth"),  # nor here, though most do
         ("auto", False, 2_100, 60_000, 2048, 20_000, "unsloth"),  # many small micro-batches
-        ("auto", True, 1_500, 60_000, 2048, 7_000, "none"),  # obeyed
+        ("auto", True, 1_500, 60_000, 2048, 7_000, "none"),  # the script decides
         ("auto", False, None, None, 2048, 7_000, "unchanged"),
         ("none", False, 1, 1, 2048, 7_000, "none"),
         ("unsloth", False, 27_000, 700_000, 2048, 7_000, "unsloth"),
     ],
 )
 @pytest.mark.parametrize("asked_for", [None, True, "unsloth"])  # save memory if needed
-def test_activations_are_kept_where_that_saves_time(
+def test_activations_are_kept_if_that_saves_time(
     requested, off, asked_for, without, with_, longest, rank_tokens, mode
 ):
     facts = activation_checkpointing.Facts(longest, rank_tokens, without, with_, off, asked_for)
@@ -96,7 +96,7 @@ def test_activations_are_kept_where_that_saves_time(
     assert choice.may_recompute == (mode == "none" and requested == "auto" and not off)
 
 
-def test_the_table_says_how_to_get_the_recomputation_that_the_script_asked_for():
+def test_the_table_says_how_to_keep_the_recomputation_of_the_script():
     facts = activation_checkpointing.Facts(2048, 7_000, 14_691, 90_000, asked_for="unsloth")
     choice = activation_checkpointing.resolve("auto", facts)
     assert choice.reason == (
@@ -111,7 +111,7 @@ def test_the_table_says_how_to_get_the_recomputation_that_the_script_asked_for()
         ("auto", True, None, 30_000, ("auto", 30_000)),
         ("auto", True, 5_000, 30_000, ("auto", 5_000)),
         ("auto", True, 50_000, 30_000, ("auto", 30_000)),
-        ("auto", True, None, 1_000, ("auto", 2_048)),  # the longest sample is tried nevertheless
+        ("auto", True, None, 1_000, ("auto", 2_048)),  # the longest sample is tried anyway
         ("auto", True, None, None, ("fixed", None)),
         ("auto", False, None, 30_000, ("fixed", None)),
         ("fixed", True, 5_000, 30_000, ("fixed", None)),
@@ -142,7 +142,7 @@ def test_what_failed_is_not_planned_again():
         ({}, {"switched_off": True}, "none", 30_000),
         ({}, {"keep_because": "experts"}, "none", 30_000),
         ({}, {"kept_tokens": 0}, "unsloth", 90_000),  # nothing fits with activations kept
-        ({"micro_batch": "fixed"}, {}, "unchanged", None),  # the script's, both
+        ({"micro_batch": "fixed"}, {}, "unchanged", None),  # both as in the script
         ({}, {"noisy": True}, "unchanged", None),
         ({}, {"lengths_known": False}, "unchanged", None),
         ({}, {"can_fall_back": False}, "unchanged", 90_000),  # the script recomputes
@@ -155,7 +155,7 @@ def test_checkpointing_and_micro_batches_are_planned_together(options, facts, mo
     assert (chosen.checkpointing.mode, chosen.micro_batch.token_budget) == (mode, budget)
 
 
-def test_a_plan_falls_back_to_recomputation_only_where_keeping_activations_was_our_choice():
+def test_a_plan_falls_back_to_recomputation_only_if_it_chose_to_keep_activations():
     facts = plan.Facts(2_048, 16_384.0, kept_tokens=30_000, recomputed_tokens=90_000)
     fallback = plan.plan(UnslothPlugin(), facts).recomputing("a sample did not fit")
     assert (fallback.checkpointing.mode, fallback.micro_batch.token_budget) == ("unsloth", 90_000)
@@ -185,7 +185,7 @@ def test_what_fits_shrinks_with_the_optimizer_and_grows_with_checkpointing():
     assert fits("adamw_torch", True, left_gib=0.1) == 0
 
 
-def test_varlen_may_be_asked_for_where_unsloth_runs_it_by_itself():
+def test_varlen_may_be_requested_if_unsloth_runs_it_by_itself():
     choice = attention.resolve("varlen", attention.Facts(False, "Unsloth runs it", True, 1500, runs_varlen=True))
     assert (choice.backend, choice.keeps_cudnn) == ("varlen", True)  # and nothing is switched
     assert "Unsloth runs it" in choice.reason
@@ -202,10 +202,10 @@ def test_varlen_may_be_asked_for_where_unsloth_runs_it_by_itself():
         (0, 1, 2, 0),
     ],
 )
-def test_a_watchdog_has_the_time_that_was_asked_for(requested_s, group_timeout_s, world_size, timeout_s):
+def test_a_watchdog_has_the_requested_timeout(requested_s, group_timeout_s, world_size, timeout_s):
     assert resolve_timeout(requested_s, group_timeout_s, world_size) == timeout_s
 
 
-def test_a_watchdog_that_the_process_group_would_forestall_is_rejected_with_the_fix():
+def test_a_watchdog_slower_than_the_process_group_is_rejected():
     with pytest.raises(ValueError, match=r"watchdog_timeout_s=3600, .* Set ddp_timeout=4500"):
         resolve_timeout(3600, 1800, world_size=2)

@@ -1,4 +1,4 @@
-"""Dealing samples, as a function of numbers: no processes."""
+"""Assignment of samples as a function of numbers, without processes."""
 
 import pytest
 import torch
@@ -15,18 +15,18 @@ LAUNCH = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))  # p
 @pytest.mark.parametrize(
     ("samples", "world_size", "accumulation", "micro_batch", "expected"),
     [
-        # micro-step -> rank -> samples; a full batch is cut in order
+        # micro-step -> rank -> samples; a full batch is split in order
         (8, 2, 2, 2, [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]),
         (4, 1, 4, 1, [[[0]], [[1]], [[2]], [[3]]]),
         (4, 4, 1, 1, [[[0], [1], [2], [3]]]),
-        # an incomplete one is levelled over the ranks, in as few micro-steps as hold it
+        # an incomplete one is spread over the ranks, in as few micro-steps as hold it
         (1, 2, 2, 2, [[[0], []], [[], []]]),
         (3, 2, 2, 2, [[[0, 1], [2]], [[], []]]),
         (5, 2, 2, 2, [[[0, 1], [2]], [[3], [4]]]),
         (2, 4, 1, 2, [[[0], [1], [], []]]),
     ],
 )
-def test_a_batch_is_dealt_level_and_in_order(samples, world_size, accumulation, micro_batch, expected):
+def test_a_batch_is_assigned_evenly_and_in_order(samples, world_size, accumulation, micro_batch, expected):
     assert assign_by_number(list(range(samples)), world_size, accumulation, micro_batch) == expected
 
 
@@ -51,7 +51,7 @@ def samplers(num_samples, launch, **options):
 
 
 def effective_batches(ranks):
-    """The set of real samples of each optimizer step, over all ranks."""
+    """Return the set of samples of each optimizer step, over all ranks."""
     accumulation = ranks[0].accumulation
     streams = [list(sampler) for sampler in ranks]
     steps = len(streams[0]) // accumulation
@@ -69,7 +69,7 @@ def effective_batches(ranks):
 
 LENGTHS = [(97 * i) % 61 + 1 for i in range(90)]
 
-# How samples may be dealt; none of it may change the effective batches.
+# Ways to assign samples, none of which may change the effective batches.
 WAYS = {
     "by number": {},
     "by tokens": {"balance": True},
@@ -93,7 +93,7 @@ def ways(num_samples, launch, way):
 @pytest.mark.parametrize("way", WAYS)
 @given(st.integers(1, 90), LAUNCH)
 @settings(max_examples=60, deadline=None)
-def test_the_effective_batches_are_those_of_one_process_however_they_are_dealt(way, num_samples, launch):
+def test_the_effective_batches_are_those_of_one_process_however_they_are_assigned(way, num_samples, launch):
     world_size, accumulation, micro_batch = launch
     together = effective_batches(samplers(num_samples, (1, 1, world_size * accumulation * micro_batch)))
     assert effective_batches(ways(num_samples, launch, way)) == together
@@ -103,7 +103,7 @@ def test_the_effective_batches_are_those_of_one_process_however_they_are_dealt(w
 @pytest.mark.parametrize("way", WAYS)
 @given(st.integers(1, 90), LAUNCH)
 @settings(max_examples=60, deadline=None)
-def test_every_rank_takes_every_micro_step_that_the_trainer_counts(way, num_samples, launch):
+def test_every_rank_yields_every_micro_step_that_the_trainer_counts(way, num_samples, launch):
     for sampler in ways(num_samples, launch, way):
         stream = list(sampler)
         assert len(stream) == len(sampler)
@@ -134,7 +134,7 @@ def test_micro_batches_of_a_budget_are_spread_over_the_micro_steps():
 
 @given(st.integers(1, 90), LAUNCH)
 @settings(max_examples=100, deadline=None)
-def test_a_micro_batch_dealt_by_number_keeps_the_size_of_the_arguments(num_samples, launch):
+def test_a_micro_batch_assigned_by_number_keeps_the_size_of_the_arguments(num_samples, launch):
     for sampler in samplers(num_samples, launch):
         assert all(len(batch) <= sampler.micro_batch for micro_step in sampler for batch in micro_step)
 
@@ -151,7 +151,7 @@ def test_no_micro_batch_exceeds_the_budget(way, num_samples, launch):
 
 @given(st.integers(1, 90), LAUNCH)
 @settings(max_examples=100, deadline=None)
-def test_drop_last_leaves_out_only_the_incomplete_batch(num_samples, launch):
+def test_drop_last_drops_only_the_incomplete_batch(num_samples, launch):
     kept = effective_batches(samplers(num_samples, launch, drop_last=True))
     size = launch[0] * launch[1] * launch[2]
     assert kept == [batch for batch in effective_batches(samplers(num_samples, launch)) if len(batch) == size]
@@ -211,7 +211,7 @@ def test_an_unknown_strategy_is_named():
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
-def test_evaluation_sees_each_sample_once_and_ranks_take_turns(num_samples, world_size, batch_size):
+def test_evaluation_yields_each_sample_once_round_robin_over_ranks(num_samples, world_size, batch_size):
     check_evaluation(num_samples, world_size, batch_size, None)
     check_evaluation(num_samples, world_size, batch_size, LENGTHS[:num_samples])
 
@@ -222,7 +222,7 @@ def test_evaluation_batches_are_balanced_and_the_longest_come_first():
 
 
 def test_evaluation_keeps_the_order_of_equal_lengths_on_every_machine():
-    """The sort is a stable one: others depend on the processor, and the ranks have to agree."""
+    """The sort is stable: others depend on the processor, and all ranks need the same order."""
     batches = EvaluationSampler(1000, 1, 0, 1000, lengths=[i % 2 for i in range(1000)])
     assert list(batches) == [[*range(1, 1000, 2), *range(0, 1000, 2)]]
 
