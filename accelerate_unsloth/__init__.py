@@ -18,6 +18,10 @@ _PUBLIC = {
     "FastModel": "engines.select",
     "SFTConfig": "trainers.sft",
     "SFTTrainer": "trainers.sft",
+    "DPOConfig": "trainers.preference",
+    "DPOTrainer": "trainers.preference",
+    "RewardConfig": "trainers.preference",
+    "RewardTrainer": "trainers.preference",
     "DistributedTrainerMixin": "trainers.mixin",
     "MultiGPUTrainer": "custom_loop.trainer",
     "AggregationMethod": "policies.aggregation",
@@ -47,6 +51,10 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow the map
     from .plugin import UnslothPlugin as UnslothPlugin
     from .policies.aggregation import AggregationMethod as AggregationMethod
     from .trainers.mixin import DistributedTrainerMixin as DistributedTrainerMixin
+    from .trainers.preference import DPOConfig as DPOConfig
+    from .trainers.preference import DPOTrainer as DPOTrainer
+    from .trainers.preference import RewardConfig as RewardConfig
+    from .trainers.preference import RewardTrainer as RewardTrainer
     from .trainers.sft import SFTConfig as SFTConfig
     from .trainers.sft import SFTTrainer as SFTTrainer
 

@@ -5,17 +5,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_COLUMN = "input_ids"
-
 # If rows are packed from several documents, TRL keeps the lengths of these in a column (trl 1.15.0, data_utils.py).
 _DOCUMENTS = "seq_lengths"
 
 
-def lengths_of(dataset) -> np.ndarray | None:
-    """Return the tokens of each sample as int32, or `None` if this is not a [`~datasets.Dataset`] with `input_ids`."""
-    if not isinstance(dataset, datasets.Dataset) or _COLUMN not in dataset.column_names:
+def lengths_of(dataset, column: str = "input_ids") -> np.ndarray | None:
+    """Return the tokens of each sample as int32, or `None` if this is not a [`~datasets.Dataset`] with that column."""
+    if not isinstance(dataset, datasets.Dataset) or column not in dataset.column_names:
         return None
-    return _in_order(dataset, pc.list_value_length(dataset.data.column(_COLUMN))).to_numpy().astype(np.int32)
+    return _in_order(dataset, pc.list_value_length(dataset.data.column(column))).to_numpy().astype(np.int32)
 
 
 def count_different(dataset, lengths: np.ndarray | None) -> int:

@@ -9,7 +9,7 @@ ranks have different numbers of micro-batches.
 import functools
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from .step import Step
 
 log_probs.install()
 
-# What TRL's losses note for each micro-batch, and Unsloth's leave out (trl 1.15.0, unsloth 2026.10.9).
-METRICS = ("entropy", "mean_token_accuracy", "aux_loss")
-
 
 class LossAdapter:
     """
@@ -37,18 +34,21 @@ class LossAdapter:
 
     Attributes:
         unit (`str`): What the loss is a mean over, for the start-up table.
+        metrics (`tuple[str]`), extremes (`dict[str, str]`): What TRL's losses note for each micro-batch; see [`MetricBook`].
         choice (`LossChoice`): How the loss uses the item count; `None` for a custom one until it was tried.
         balance ([`RouterBalance`]): Of a mixture of experts that trains its balancing loss, else `None`.
         book ([`MetricBook`]): What the losses noted since the last log.
     """
 
     unit = "tokens"
+    metrics = ("entropy", "mean_token_accuracy", "aux_loss")  # Unsloth's loss leaves them out (unsloth 2026.10.9)
+    extremes: ClassVar[dict[str, str]] = {}
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.balance = RouterBalance(trainer.model.config) if getattr(trainer, "aux_loss_enabled", False) else None
         self.choice = None if loss.is_custom(trainer) else loss_policy.own(trainer.model_accepts_loss_kwargs)
-        self.book = loss.MetricBook(METRICS)
+        self.book = loss.MetricBook(self.metrics, self.extremes)
 
     # ---- What a micro-batch weighs, and what a sample costs ----
 
@@ -63,6 +63,12 @@ class LossAdapter:
     def lengths(self, dataset) -> np.ndarray | None:
         """Return the tokens of each sample, of shape `(num_samples,)`; `None` where they are not known."""
         return lengths_of(dataset)
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows of a micro-batch are padded to its longest."""
+        trainer = self.trainer
+        return not (getattr(trainer, "padding_free", False) or getattr(trainer.args, "padding_free", False))
 
     def length(self, sample: int) -> int:
         """Return the tokens of one sample of the training data, for messages."""
@@ -121,7 +127,7 @@ class LossAdapter:
             self.try_custom_loss([])
         for noted in getattr(self.trainer, "_metrics", {}).values():
             noted.clear()
-        self.book = loss.MetricBook(METRICS)
+        self.book = self.book.empty()
 
     def begin_step(self, step: Step) -> None:
         """Do what needs all micro-batches of a step; all ranks come here together."""
@@ -161,7 +167,7 @@ class LossAdapter:
 
     def logs(self, device: torch.device) -> dict[str, float]:
         """Return the means over all ranks of what the losses noted since the last log; all ranks come here together."""
-        means = self.book.means(device)
+        means = self.book.read(device)
         if self.balance is not None and self.balance.values:
             values, self.balance.values = self.balance.values, []
             means["aux_loss"] = sum(values) / len(values)

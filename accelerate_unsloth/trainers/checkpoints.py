@@ -65,9 +65,15 @@ class CheckpointMixin:
         samples = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return samples * self.accelerator.num_processes
 
-    def _load_from_checkpoint(self, *args, **kwargs):
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         with self._adapters_loaded_here():
-            super()._load_from_checkpoint(*args, **kwargs)
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            # With a second adapter, such as DPO's "ref", the Trainer loads those in sub-folders only, and the one that is
+            # trained starts anew (transformers 5.17, `Trainer._load_from_checkpoint`). Delete this when it loads both.
+            if isinstance(self.model, PeftModel) and len(self.model.peft_config) > 1:
+                for name in self.model.active_adapters:
+                    if not (Path(resume_from_checkpoint) / name).is_dir():
+                        self.model.load_adapter(resume_from_checkpoint, name, is_trainable=True)
 
     def _load_best_model(self):
         with self._adapters_loaded_here():

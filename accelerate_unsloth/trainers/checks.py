@@ -7,7 +7,7 @@ from accelerate.utils import DistributedType
 
 from ..data.prepare import check_not_empty
 from ..launch.process import check_process_count
-from .adapter import METRICS
+from .adapter import LossAdapter
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -36,7 +36,9 @@ def check_launch(trainer) -> None:
 def check_metric(trainer) -> None:
     """Reject a best metric that no evaluation will log, which the Trainer finds out after the first one."""
     metric = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
-    missing = choice.name == "unsloth" and trainer.compute_metrics is None and metric in METRICS
+    # Unsloth rewrites the loss of SFT alone (unsloth 2026.10.9).
+    rewritten = choice.name == "unsloth" and trainer.adapter_class is LossAdapter
+    missing = rewritten and trainer.compute_metrics is None and metric in trainer.adapter_class.metrics
     if missing and trainer.args.eval_strategy != "no":
         raise ValueError(
             f"metric_for_best_model={trainer.args.metric_for_best_model!r} is not logged with Unsloth, whose loss builds no "
@@ -61,4 +63,23 @@ def check_columns(dataset, split: str, text: str, formatting_func) -> None:
             f"The {split} dataset has the columns {', '.join(map(repr, columns))}, and none of the forms that SFT "
             f"reads: {text!r}, 'prompt' and 'completion', 'messages', or 'input_ids'. Rename a column, set "
             "dataset_text_field, or pass formatting_func."
+        )
+
+
+def check_pair_columns(given: tuple, keywords: dict) -> None:
+    """
+    Make sure that the training data, given by keyword or by place, has pairs.
+
+    Raises:
+        ValueError: if it has no rows, or no `chosen` and `rejected`.
+    """
+    dataset = keywords.get("train_dataset", given[1] if len(given) > 1 else None)
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list):
+        return
+    check_not_empty(dataset, "training")
+    if not ({"chosen", "rejected"} <= {*columns} or {"chosen_ids", "rejected_ids"} <= {*columns}):
+        raise ValueError(
+            f"The training dataset has the columns {', '.join(map(repr, columns))}, and a pair needs 'chosen' and 'rejected', "
+            "and for DPO a 'prompt' unless both begin with it. Rename the columns."
         )

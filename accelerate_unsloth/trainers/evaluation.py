@@ -5,8 +5,6 @@ import torch
 from ..data.loader import PlannedDataLoader
 from ..launch.channel import channel
 from ..patches import Ledger
-from . import loss
-from .adapter import METRICS
 
 
 class EvaluationMixin:
@@ -18,7 +16,7 @@ class EvaluationMixin:
         """Run the stock loop; without custom metrics the loss is the exact mean over all items of all ranks."""
         exact, patches = isinstance(dataloader, PlannedDataLoader), Ledger()
         self._eval_sums = [0.0, 0] if exact else None
-        training_book, self.adapter.book = self.adapter.book, loss.MetricBook(METRICS)
+        training_book, self.adapter.book = self.adapter.book, self.adapter.book.empty()
         if exact:  # ranks may have different numbers of batches, and the loop gathers the loss of each
             patches.patch(self, "gather_function", lambda value: value)
         try:
@@ -27,7 +25,7 @@ class EvaluationMixin:
             patches.undo()
             book, self.adapter.book = self.adapter.book, training_book
             sums, self._eval_sums = self._eval_sums, None
-        metrics = book.means(self.args.device)
+        metrics = book.read(self.args.device)
         if exact:
             losses, items = zip(*channel().gather("evaluation", sums), strict=True)
             output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(items) if any(items) else float("nan")

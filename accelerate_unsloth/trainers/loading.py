@@ -24,9 +24,8 @@ class LoadingMixin:
 
     @property
     def _row_cost(self) -> RowCost:
-        padding_free = getattr(self, "padding_free", False) or getattr(self.args, "padding_free", False)
         shape = model_shape.shape_of(self.model)
-        return RowCost(padded=not padding_free, attention_per_token=shape.attention_per_token if shape else 0.0)
+        return RowCost(padded=self.adapter.padded, attention_per_token=shape.attention_per_token if shape else 0.0)
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None

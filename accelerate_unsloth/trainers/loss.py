@@ -86,26 +86,41 @@ class MetricBook:
     Means over the items of all ranks of what TRL's losses note for each micro-batch.
 
     Args:
-        names (`tuple[str]`): The metrics, which have to be the same on all ranks.
+        means (`tuple[str]`): Metrics that are means, the same on all ranks.
+        extremes (`dict[str, str]`, *optional*): Metrics of which the `"min"` or the `"max"` is kept.
     """
 
-    def __init__(self, names: tuple[str, ...]):
-        self.names = names
-        self._sums = dict.fromkeys(names, 0.0)
-        self._items = dict.fromkeys(names, 0)
+    def __init__(self, means: tuple[str, ...], extremes: dict[str, str] | None = None):
+        self._names, self._extremes = means, extremes or {}
+        self._sums, self._items = dict.fromkeys(means, 0.0), dict.fromkeys(means, 0)
+        self._largest = dict.fromkeys(self._extremes, float("-inf"))  # of a minimum its negative
+
+    def empty(self) -> "MetricBook":
+        """Return a book of the same metrics."""
+        return MetricBook(self._names, self._extremes)
 
     def take(self, noted: dict[str, list[float]], items: int) -> None:
-        """Move what a loss over `items` positions has noted by these names into the sums."""
-        for name in self.names:
+        """Move what a loss over `items` items has noted by these names into the book."""
+        for name in self._names:
             for value in noted.pop(name, ()):
                 self._sums[name] += value * items
                 self._items[name] += items
+        for name, kind in self._extremes.items():
+            signed = [-value if kind == "min" else value for value in noted.pop(name, ())]
+            self._largest[name] = max([self._largest[name], *signed])
 
-    def means(self, device: torch.device) -> dict[str, float]:
-        """Return the means since the last call; all ranks come here together."""
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Return the metrics of all ranks, and begin anew; all ranks come here together."""
         totals = torch.tensor([*self._sums.values(), *self._items.values()], dtype=torch.float64, device=device)
+        largest = torch.tensor([*self._largest.values()], dtype=torch.float64, device=device)
         if dist.is_initialized():
             dist.all_reduce(totals)
-        sums, items = totals.tolist()[: len(self.names)], totals.tolist()[len(self.names) :]
-        self.__init__(self.names)
-        return {name: total / count for name, total, count in zip(self.names, sums, items, strict=True) if count}
+            if self._extremes:
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+        sums, items = totals.tolist()[: len(self._names)], totals.tolist()[len(self._names) :]
+        found = {name: total / count for name, total, count in zip(self._names, sums, items, strict=True) if count}
+        for (name, kind), value in zip(self._extremes.items(), largest.tolist(), strict=True):
+            if value > float("-inf"):
+                found[name] = -value if kind == "min" else value
+        self.__init__(self._names, self._extremes)
+        return found

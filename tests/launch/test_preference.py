@@ -1,0 +1,150 @@
+"""
+DPO and reward models train as plain TRL does in one process with the effective batch as one micro-batch.
+
+Weights are compared, because curves can agree while training is wrong.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ..launching import WORKERS, launch, result
+
+pytestmark = pytest.mark.launch
+TRAINERS = ("dpo", "reward")
+
+# launch: (processes, per-device batch, accumulation, further options)
+LAUNCHES = {
+    "one, accumulated": (1, 1, 4, {}),
+    "two": (2, 1, 2, {}),
+    "four": (4, 1, 1, {}),
+    "three, to a budget": (3, 4, 1, {"plugin": {"micro_batch_tokens": 400}}),
+    "one, split for lack of memory": (1, 4, 1, {"memory_tokens": 260}),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """22 pairs of very uneven lengths: not a multiple of any effective batch used here."""
+    generator = random.Random(0)
+    words = ["a", "rank", "sends", "its", "gradient", "to", "all", "others", "and", "waits", "for", "none"]
+
+    def text(lengths):
+        return " ".join(generator.choice(words) for _ in range(generator.choice(lengths)))
+
+    rows = [
+        {"prompt": text([1, 5, 20]) + " ", "chosen": text([1, 3, 30]), "rejected": text([1, 3, 30]) + " none"}
+        for _ in range(22)
+    ]
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, pairs, tmp_path_factory):
+    """Launch the worker once for each set of options; its folder."""
+    folders = {}
+
+    def start(trainer, processes, micro_batch, accumulation, **options):
+        arguments = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+        options = {"trainer": trainer, "args": arguments | options.pop("args", {})} | options
+        key = json.dumps([processes, options])
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("run")
+            words = [tiny_model, pairs, folders[key], json.dumps(options)]
+            finished = launch(WORKERS / "preference.py", words, processes, timeout_s=300)
+            assert finished.status == 0, finished.output[-4000:]
+        return folders[key]
+
+    return start
+
+
+def launched(run, trainer, name):
+    processes, micro_batch, accumulation, options = LAUNCHES[name]
+    return run(trainer, processes, micro_batch, accumulation, **options)
+
+
+def oracle(run, trainer, name):
+    processes, micro_batch, accumulation, _ = LAUNCHES[name]
+    return run(trainer, 1, processes * micro_batch * accumulation, 1, plain=True)
+
+
+def logged(folder, name):
+    return [entry[name] for entry in result(folder)["log"] if name in entry]
+
+
+def distance(one, other):
+    first, second = (load_file(folder / "weights0.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    apart = torch.stack([(first[name] - second[name]).norm() for name in first]).norm()
+    return float(apart / torch.stack([weight.norm() for weight in first.values()]).norm())
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_losses_and_weights_are_those_of_plain_trl(run, trainer, name):
+    ours, plain = launched(run, trainer, name), oracle(run, trainer, name)
+    assert logged(ours, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+    assert distance(ours, plain) < 1e-5
+
+
+METRICS = {
+    "dpo": ["rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"],
+    "reward": ["mean_reward", "accuracy", "margin", "min_reward", "max_reward"],
+}
+
+
+@pytest.mark.parametrize(("trainer", "metric"), [(t, metric) for t in TRAINERS for metric in METRICS[t]])
+@pytest.mark.parametrize("name", ["two", "three, to a budget"])
+def test_metrics_are_those_of_the_whole_step(run, trainer, metric, name):
+    expected = logged(oracle(run, trainer, name), metric)
+    assert logged(launched(run, trainer, name), metric) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_table_names_pairs_and_tokens_are_those_of_all_ranks(run, trainer):
+    one, two = launched(run, trainer, "one, accumulated"), launched(run, trainer, "two")
+    rows = {row[0]: row[1] for row in result(two)["decisions"]}
+    assert rows["loss"] == "mean over all pairs"
+    assert rows["samples"] == "balanced"
+    assert logged(one, "num_tokens") == logged(two, "num_tokens")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_evaluation_does_not_depend_on_the_processes(run, trainer):
+    arguments = {"per_device_eval_batch_size": 2, "max_steps": 1}
+    one, two = (run(trainer, n, 1, 4 // n, evaluate=True, args=arguments) for n in (1, 2))
+    metric = METRICS[trainer][0]
+    for name in ("eval_loss", f"eval_{metric}"):
+        assert result(one)["before"][name] == pytest.approx(result(two)["before"][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_resumes_on_another_number_of_processes(run, trainer):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    one = run(trainer, 1, 1, 4, args=saving)
+    resumed = run(trainer, 2, 1, 2, resume=str(one / "run" / "checkpoint-3"))
+    assert logged(resumed, "loss") == pytest.approx(logged(one, "loss"), rel=1e-5)
+    assert distance(resumed, one) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "message"),
+    [
+        ("dpo", {"args": {"loss_type": ["aot"]}}, "loss_type='aot' sorts the pairs of a micro-batch"),
+        ("dpo", {"args": {"loss_type": ["sft"]}}, "loss_type='sft' is a mean over the tokens of a micro-batch"),
+        ("dpo", {"without": ["rejected"]}, "a pair needs 'chosen' and 'rejected'"),
+        ("reward", {"without": ["chosen"]}, "a pair needs 'chosen' and 'rejected'"),
+    ],
+)
+def test_what_cannot_be_exact_or_read_is_one_error_that_ends_all(
+    trainer, options, message, tiny_model, pairs, tmp_path
+):
+    words = [tiny_model, pairs, tmp_path, json.dumps({"trainer": trainer, **options})]
+    finished = launch(WORKERS / "preference.py", words, 2, timeout_s=90)
+    assert finished.status != 0
+    assert finished.output.count(message) == 1

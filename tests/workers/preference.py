@@ -1,0 +1,85 @@
+"""
+Train on pairs by plain TRL or by ours, and write down what is logged and the weights.
+
+    preference.py MODEL DATA OUT '{"trainer": "dpo", "plain": true, "args": arguments, "plugin": {...}}'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import accelerate_unsloth
+from accelerate_unsloth import FastLanguageModel, UnslothPlugin
+
+# isort: split
+import datasets
+import torch
+import trl
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
+
+from tests.workers.losses import limit_memory
+from tests.workers.provoke import Provoke
+
+ARGUMENTS = {
+    "num_train_epochs": 1,
+    "max_length": 96,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "seed": 3,
+}
+CLASSES = {"dpo": "DPO", "reward": "Reward"}
+
+
+def load(which: str, folder: str):
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=96)
+    if which != "reward":
+        return FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False), tokenizer
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(r=4, task_type="SEQ_CLS", modules_to_save=["score"])), tokenizer
+
+
+def train(model_folder: str, data: str, out: Path, options: dict) -> dict:
+    which = options["trainer"]
+    home = trl if options.get("plain") else accelerate_unsloth
+    trainer_class, config_class = (getattr(home, CLASSES[which] + kind) for kind in ("Trainer", "Config"))
+    model, tokenizer = load(which, model_folder)
+    rows = datasets.Dataset.from_json(data, cache_dir=str(out / "json_cache"))
+    plugin = {} if options.get("plain") else {"plugin": UnslothPlugin(report=False, **options.get("plugin", {}))}
+    trainer = trainer_class(
+        model=model,
+        args=config_class(str(out / "run"), **ARGUMENTS | options.get("args", {})),
+        train_dataset=rows.remove_columns(options.get("without", [])),
+        eval_dataset=rows.select(range(7)) if options.get("evaluate") else None,
+        processing_class=tokenizer,
+        **plugin,
+    )
+    if "memory_tokens" in options:
+        limit_memory(model, options["memory_tokens"])
+    if "provoke" in options:
+        trainer.add_callback(Provoke(**options["provoke"]))
+    before = trainer.evaluate() if options.get("evaluate") else {}
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(weights, out / f"weights{PartialState().process_index}.safetensors")
+    decisions = [] if options.get("plain") else trainer.decisions()
+    return {"log": trainer.state.log_history, "before": before, "decisions": decisions}
+
+
+def main(model: str, data: str, out: str, options: dict) -> None:
+    seen = train(model, data, Path(out), options)
+    (Path(out) / f"result{PartialState().process_index}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    main(*sys.argv[1:4], json.loads(sys.argv[4]))
