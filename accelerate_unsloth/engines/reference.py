@@ -172,7 +172,7 @@ LOADERS = {"FastLanguageModel": FastLanguageModel, "FastModel": FastModel}
 
 
 def _set_checkpointing(model, wanted) -> None:
-    # The Trainer has an argument of its own for checkpointing; `trainers/sft.py` sets it from this attribute.
+    # `trainers/sft.py` sets the argument of the Trainer from this attribute.
     model._accelerate_unsloth_checkpointing = bool(wanted)
 
 
