@@ -14,19 +14,8 @@ from ..launch.channel import channel
 from ..launch.topology import topology
 
 # Methods of models and tokenizers that write files or push to the hub.
-_WRITERS = (
-    "save_pretrained",
-    "push_to_hub",
-    "save_pretrained_merged",
-    "push_to_hub_merged",
-    "save_pretrained_gguf",
-    "push_to_hub_gguf",
-    "save_pretrained_ggml",
-    "push_to_hub_ggml",
-    "save_pretrained_torchao",
-    "save_pretrained_openvino",
-    "push_to_hub_openvino",
-)
+_FORMATS = ("", "_merged", "_gguf", "_ggml", "_torchao", "_openvino")
+_WRITERS = [f"{verb}{form}" for verb in ("save_pretrained", "push_to_hub") for form in _FORMATS]
 
 _writing = False
 

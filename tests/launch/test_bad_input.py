@@ -51,7 +51,7 @@ def test_a_mistake_gives_one_message_and_ends_all(case, real_launcher, tiny_mode
         ("ACCELERATE_UNSLOTH_ENGINE", "unslot", "Did you mean 'unsloth'?", False),
         pytest.param("ACCELERATE_UNSLOTH_ENGINE", "unslot", "Did you mean 'unsloth'?", True, marks=pytest.mark.slow),
         ("ACCELERATE_UNSLOTH_ENGINE", "unsloth", "no GPU is visible", False),
-        ("ACCELERATE_UNSLOTH_GRADIENT_SYNCH", "auto", "Did you mean ACCELERATE_UNSLOTH_GRADIENT_SYNC?", False),
+        ("ACCELERATE_UNSLOTH_ATTENTIO", "auto", "Did you mean ACCELERATE_UNSLOTH_ATTENTION?", False),
     ],
 )
 def test_an_unknown_environment_value_is_refused_once(variable, value, message, real_launcher, tiny_model, tmp_path):
