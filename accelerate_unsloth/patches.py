@@ -1,6 +1,7 @@
-"""A ledger of everything that this package has replaced in other modules, in memory, so that it can be undone."""
+"""A log of everything that this package has replaced in other modules, in memory, so that it can be undone."""
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ class Patch:
 
 
 @dataclass
-class Ledger:
+class PatchLog:
     """Patches in the order they were made."""
 
     patches: list[Patch] = field(default_factory=list)
@@ -45,6 +46,18 @@ class Ledger:
             self.patches = [other for other in self.patches if other is not patch]
 
 
+@contextmanager
+def patched(owner: Any, **replacements: Any) -> Iterator[None]:
+    """Set attributes of an owner while the body runs."""
+    patches = PatchLog()
+    for name, replacement in replacements.items():
+        patches.patch(owner, name, replacement)
+    try:
+        yield
+    finally:
+        patches.undo()
+
+
 def _slots(owner: Any):
     return owner if isinstance(owner, MutableMapping) else vars(owner)
 
@@ -62,4 +75,4 @@ def _set(owner: Any, name: str, value: Any) -> None:
         setattr(owner, name, value)
 
 
-ledger = Ledger()
+patch_log = PatchLog()

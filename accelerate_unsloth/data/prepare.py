@@ -8,7 +8,7 @@ preparation also sets up the trainer (its collator, its arguments).
 
 import functools
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import datasets
 import pyarrow.compute as pc
@@ -17,7 +17,7 @@ from datasets.formatting import query_table
 
 from ..launch.channel import channel
 from ..launch.topology import topology
-from ..patches import Ledger
+from ..patches import patched
 from .loader import IGNORED
 from .shared_rows import open_shared, share
 
@@ -61,19 +61,13 @@ def _set_up_trainer(dataset: datasets.Dataset, prepare: Callable):
         return prepare(dataset)
 
 
-@contextmanager
-def _without_ordering():
+def _without_ordering() -> AbstractContextManager:
     """
     Let the preparation run on one rank alone. TRL's waits for all ranks (`main_process_first`, trl 1.15.0,
     `global_then_local_main_first`).
     """
-    patches = Ledger()
-    for name in ("main_process_first", "local_main_process_first"):
-        patches.patch(PartialState, name, lambda state: nullcontext())
-    try:
-        yield
-    finally:
-        patches.undo()
+    names = ("main_process_first", "local_main_process_first")
+    return patched(PartialState, **dict.fromkeys(names, lambda state: nullcontext()))
 
 
 def check_not_empty(dataset, split: str) -> None:

@@ -7,10 +7,10 @@ PyTorch is imported inside of functions, because `accelerate-unsloth env` also s
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
-from ..patches import Ledger
+from ..patches import patched
 
 _DISPATCH = "unsloth.utils.attention_dispatch"
 _RUNS_VARLEN = "Unsloth runs rows of uneven length through PyTorch's varlen attention"
@@ -74,16 +74,10 @@ def spare_varlen() -> Callable | None:
     return varlen_of_2_11
 
 
-@contextmanager
-def varlen_installed() -> Iterator[None]:
-    """Make Unsloth run rows of uneven length through [`spare_varlen`], if there is one."""
-    patches, varlen = Ledger(), spare_varlen()
-    if varlen is not None:
-        patches.patch(sys.modules[_DISPATCH], "_TORCH_VARLEN_ATTN", varlen)
-    try:
-        yield
-    finally:
-        patches.undo()
+def varlen_installed() -> AbstractContextManager:
+    """Return a context in which Unsloth runs rows of uneven length through [`spare_varlen`], if there is one."""
+    varlen = spare_varlen()
+    return nullcontext() if varlen is None else patched(sys.modules[_DISPATCH], _TORCH_VARLEN_ATTN=varlen)
 
 
 def prefers_cudnn() -> bool:

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from ..launch.topology import topology
-from ..patches import ledger
+from ..patches import patch_log
 from ..reliability import rank0_writes
 from ..reporting.verbosity import muted_prints
 from . import checks
@@ -43,8 +43,8 @@ def only_on_own_gpu(set_cache, own_index: int):
 def _keep_caches_on_own_gpu() -> None:
     name = "_set_cos_sin_cache"
     for kind in (*vars(unsloth.models.llama).values(), *vars(unsloth.models.gemma).values()):
-        if isinstance(kind, type) and name in vars(kind) and not ledger.holds(kind, name):
-            ledger.patch(kind, name, only_on_own_gpu(vars(kind)[name], torch.cuda.current_device()))
+        if isinstance(kind, type) and name in vars(kind) and not patch_log.holds(kind, name):
+            patch_log.patch(kind, name, only_on_own_gpu(vars(kind)[name], torch.cuda.current_device()))
 
 
 def _for_several_processes(base):

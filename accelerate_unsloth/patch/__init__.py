@@ -19,7 +19,7 @@ from typing import Any
 
 from ..launch import command
 from ..launch.topology import topology, uses_cpu
-from ..patches import Patch, ledger
+from ..patches import Patch, patch_log
 from ..plugin import PREFIX, UnslothPlugin
 from ..reliability import failures
 
@@ -142,7 +142,7 @@ def disable_multi_gpu() -> None:
     """
     global _active
     if _active is not None:
-        ledger.undo(_active.patches)
+        patch_log.undo(_active.patches)
         _active = None
 
 
@@ -184,7 +184,7 @@ def get_multi_gpu_status() -> dict[str, Any]:
         "rank": here.rank,
         "device": devices[here.local_rank if here.local_rank < len(devices) else 0],
         "visible_devices": devices,
-        "patches": [_describe(patch) for patch in ledger.patches],
+        "patches": [_describe(patch) for patch in patch_log.patches],
     }
     if _active is not None:
         from ..engines.select import choice
@@ -242,13 +242,13 @@ def _enable(options: dict[str, Any]) -> None:
     try:
         read_at_loading = _READ_AT_LOADING if options["plugin"] else ()
         patches += [
-            ledger.patch(os.environ, PREFIX + name.upper(), str(getattr(plugin, name))) for name in read_at_loading
+            patch_log.patch(os.environ, PREFIX + name.upper(), str(getattr(plugin, name))) for name in read_at_loading
         ]
         from . import points  # loads the engine
 
         points.install(options, plugin, on_cpu=_visible_gpus() == 0, patches=patches)
     except BaseException:
-        ledger.undo(patches)
+        patch_log.undo(patches)
         raise
     _active = _Active(options, plugin, patches)
 

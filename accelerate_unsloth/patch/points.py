@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..launch.topology import topology
-from ..patches import Patch, ledger
+from ..patches import Patch, patch_log
 from ..trainers.sft import SFTTrainer
 
 # A script may take the trainer from any of them.
@@ -37,7 +37,7 @@ def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch])
     _check_call_is_early()
 
     def patch(owner, name, replacement):
-        patches.append(ledger.patch(owner, name, replacement))
+        patches.append(patch_log.patch(owner, name, replacement))
 
     if choice.name == "reference":
         from ..engines.reference import make_unsloth_module

@@ -14,15 +14,15 @@ import traceback
 
 from ..launch.channel import PeerFailure, channel
 from ..launch.topology import topology
-from ..patches import ledger
+from ..patches import patch_log
 
 _WAIT_FOR_MAIN_S = 6.0
 
 
 def install() -> None:
     """Report uncaught exceptions once per launch; one process keeps Python's own report."""
-    if topology().world_size > 1 and not ledger.holds(sys, "excepthook"):
-        ledger.patch(sys, "excepthook", _make_hook(sys.excepthook))
+    if topology().world_size > 1 and not patch_log.holds(sys, "excepthook"):
+        patch_log.patch(sys, "excepthook", _make_hook(sys.excepthook))
 
 
 def _make_hook(show):

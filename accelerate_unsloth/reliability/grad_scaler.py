@@ -7,10 +7,10 @@ PyTorch's `GradScaler` then raises "No inf checks were recorded for this optimiz
 
 import torch
 
-from ..patches import Ledger
+from ..patches import PatchLog
 
 
-def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> Ledger:
+def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> PatchLog:
     """
     Let the scaler of one optimizer skip steps in which no parameter has a gradient. Its scale stays, too.
 
@@ -42,7 +42,7 @@ def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> Ledger:
         if stepped:
             update(new_scale)
 
-    patches = Ledger()
+    patches = PatchLog()
     patches.patch(scaler, "unscale_", unscale_those_with_gradients)
     patches.patch(scaler, "step", step_those_with_gradients)
     patches.patch(scaler, "update", update_after_a_step)

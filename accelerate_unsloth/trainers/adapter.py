@@ -17,6 +17,7 @@ import torch
 from ..data.lengths import lengths_of
 from ..data.loader import MicroBatch, count_items, count_tokens
 from ..launch.channel import channel
+from ..patches import patched
 from ..policies import loss as loss_policy
 from . import log_probs, loss
 from .router_balance import RouterBalance
@@ -112,7 +113,8 @@ class LossAdapter:
             value = value * weight.to(value.dtype)
             return (value, *outputs) if return_outputs else value
 
-        with loss.without_collectives(trainer.accelerator), loss.replaced(trainer, compute_loss):
+        # On the instance, because a subclass may override the method without a call of `super()`.
+        with loss.without_collectives(trainer.accelerator), patched(trainer, compute_loss=compute_loss):
             yield
 
     # ---- Around training and steps ----

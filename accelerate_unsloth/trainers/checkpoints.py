@@ -3,7 +3,7 @@
 import functools
 import shutil
 import uuid
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import transformers.trainer
@@ -12,7 +12,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..launch.channel import channel
-from ..patches import Ledger
+from ..patches import patched
 from ..reliability import checkpoints, rank0_writes, stock_checkpoints
 from .guards import check_weights_are_equal
 from .resume import check_effective_batch, newest_checkpoint
@@ -79,17 +79,12 @@ class CheckpointMixin:
         with self._adapters_loaded_here():
             super()._load_best_model()
 
-    @contextmanager
-    def _adapters_loaded_here(self):
+    def _adapters_loaded_here(self) -> AbstractContextManager:
         """PEFT loads adapters onto the first GPU unless told otherwise (peft 0.21, `infer_device`)."""
-        patches = Ledger()
-        if isinstance(self.model, PeftModel):
-            here = functools.partial(self.model.load_adapter, torch_device=str(self.args.device))
-            patches.patch(self.model, "load_adapter", here)
-        try:
-            yield
-        finally:
-            patches.undo()
+        if not isinstance(self.model, PeftModel):
+            return nullcontext()
+        here = functools.partial(self.model.load_adapter, torch_device=str(self.args.device))
+        return patched(self.model, load_adapter=here)
 
     def _save_checkpoint(self, model, trial):
         run_folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
@@ -145,12 +140,8 @@ class CheckpointMixin:
         As the Trainer's, which with `save_total_limit=1` leaves only the best checkpoint at the end: of those of this run, and
         not after a signal, when the newest is the one to resume from.
         """
-        patches = Ledger()
-        patches.patch(transformers.trainer, "sort_checkpoints", self._sort_own_checkpoints)
-        try:
+        with patched(transformers.trainer, sort_checkpoints=self._sort_own_checkpoints):
             return super()._finalize_training(*args, **kwargs)
-        finally:
-            patches.undo()
 
     def _sort_own_checkpoints(self, *args, **kwargs) -> list[str]:
         found = [] if self.was_stopped else sort_checkpoints(*args, **kwargs)

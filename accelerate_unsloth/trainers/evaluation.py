@@ -1,10 +1,12 @@
 """Evaluation: the exact mean loss over all items of all ranks, and TRL's metrics likewise."""
 
+from contextlib import nullcontext
+
 import torch
 
 from ..data.loader import PlannedDataLoader
 from ..launch.channel import channel
-from ..patches import Ledger
+from ..patches import patched
 
 
 class EvaluationMixin:
@@ -14,15 +16,15 @@ class EvaluationMixin:
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Run the stock loop; without custom metrics the loss is the exact mean over all items of all ranks."""
-        exact, patches = isinstance(dataloader, PlannedDataLoader), Ledger()
+        exact = isinstance(dataloader, PlannedDataLoader)
         self._eval_sums = [0.0, 0] if exact else None
         training_book, self.adapter.book = self.adapter.book, self.adapter.book.empty()
-        if exact:  # ranks may have different numbers of batches, and the loop gathers the loss of each
-            patches.patch(self, "gather_function", lambda value: value)
+        # Ranks may have different numbers of batches, and the loop gathers the loss of each.
+        alone = patched(self, gather_function=lambda value: value) if exact else nullcontext()
         try:
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            with alone:
+                output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
-            patches.undo()
             book, self.adapter.book = self.adapter.book, training_book
             sums, self._eval_sums = self._eval_sums, None
         metrics = book.read(self.args.device)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import trl.trainer.utils
 
-from ..patches import ledger
+from ..patches import patch_log
 
 _NAME = "_ChunkedLogProbFunction"
 
@@ -63,5 +63,5 @@ class LogProbs:
 
 def install() -> None:
     """Let TRL use [`LogProbs`] in a process without a GPU."""
-    if not torch.cuda.is_available() and not ledger.holds(trl.trainer.utils, _NAME):
-        ledger.patch(trl.trainer.utils, _NAME, LogProbs)
+    if not torch.cuda.is_available() and not patch_log.holds(trl.trainer.utils, _NAME):
+        patch_log.patch(trl.trainer.utils, _NAME, LogProbs)

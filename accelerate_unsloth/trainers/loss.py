@@ -5,8 +5,7 @@ Ranks have different numbers of micro-batches, so whatever TRL gathers inside a 
 metrics; they are kept as sums here and reduced over all ranks where they are logged.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,37 +13,14 @@ import torch.distributed as dist
 import trl
 from transformers import Trainer
 
-from ..patches import Ledger
+from ..patches import patched
 
 _COLLECTIVES = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
 
 
-@contextmanager
-def without_collectives(accelerator) -> Iterator[None]:
-    """Let an accelerator's collectives return their argument, as they do in one process."""
-    patches = Ledger()
-    for name in _COLLECTIVES:
-        patches.patch(accelerator, name, lambda value, *args, **kwargs: value)
-    try:
-        yield
-    finally:
-        patches.undo()
-
-
-@contextmanager
-def replaced(trainer, compute_loss: Callable) -> Iterator[None]:
-    """
-    Let `compute_loss` stand in front of a trainer's own, wherever in its classes that is defined.
-
-    It takes the place of the attribute of the instance, because a subclass may override the method without a call of
-    `super()`.
-    """
-    patches = Ledger()
-    patches.patch(trainer, "compute_loss", compute_loss)
-    try:
-        yield
-    finally:
-        patches.undo()
+def without_collectives(accelerator) -> AbstractContextManager:
+    """Return a context in which an accelerator's collectives return their argument, as they do in one process."""
+    return patched(accelerator, **dict.fromkeys(_COLLECTIVES, lambda value, *args, **kwargs: value))
 
 
 def is_custom(trainer) -> bool:

@@ -22,7 +22,7 @@ from ..data.lengths import count_different
 from ..data.loader import MicroBatch, MicroStep
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
 from ..launch.topology import topology
-from ..patches import Ledger
+from ..patches import PatchLog
 from ..plugin import UnslothPlugin
 from ..policies import attention
 from ..policies.plan import StepPlan
@@ -115,7 +115,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         if self.accelerator.num_processes > 1:
             # Device placement and mixed precision as always, but no DDP around the model.
             unwrapped = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
-            Ledger().patch(self.accelerator, "prepare_model", unwrapped)
+            PatchLog().patch(self.accelerator, "prepare_model", unwrapped)
         padding_free = getattr(self.data_collator, "padding_free", False)
         if padding_free and choice.name == "unsloth" and getattr(self.data_collator, "pad_to_multiple_of", 0) is None:
             self.data_collator.pad_to_multiple_of = _ALIGNED_TOKENS  # its lengths, and so its loss, are as before

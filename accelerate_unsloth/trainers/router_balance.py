@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..patches import Ledger
+from ..patches import PatchLog
 
 # Where transformers (5.17) and the code that Unsloth (2026.10.9) generates from it compute the loss, and where the latter
 # scales it by the tokens of a micro-batch.
@@ -133,7 +133,7 @@ class RouterBalance:
         mixtral = vars(import_module("transformers.models.mixtral.modeling_mixtral"))
         found = {id(names): names for names in [mixtral, *_globals_of_forwards(model)]}
         self.values, self._step = [], None
-        patches = Ledger()
+        patches = PatchLog()
         for names in found.values():
             if callable(original := names.get(_LOSS)):
                 patches.patch(names, _LOSS, partial(self._loss, original))

@@ -9,7 +9,7 @@ import pytest
 import accelerate_unsloth
 from accelerate_unsloth import UnslothPlugin
 from accelerate_unsloth.launch.command import check_launch
-from accelerate_unsloth.patches import Ledger
+from accelerate_unsloth.patches import PatchLog
 
 from ..launching import ROOT, WORKERS, clean_environment, configs
 
@@ -228,11 +228,11 @@ def test_a_contradiction_between_the_call_and_the_plugin_is_rejected():
 
 
 def test_a_mapping_entry_can_be_undone_alone():
-    ledger, mapping = Ledger(), {"kept": 1}
-    first, _ = ledger.patch(mapping, "new", 2), ledger.patch(mapping, "kept", 3)
-    ledger.undo([first])
+    patch_log, mapping = PatchLog(), {"kept": 1}
+    first, _ = patch_log.patch(mapping, "new", 2), patch_log.patch(mapping, "kept", 3)
+    patch_log.undo([first])
     assert mapping == {"kept": 3}
-    ledger.undo()
+    patch_log.undo()
     assert mapping == {"kept": 1}
 
 
