@@ -2,9 +2,8 @@
 
 import json
 import platform
+from importlib.metadata import distributions
 from pathlib import Path
-
-from ..env.versions import installed_version
 
 _PACKAGES = [
     "accelerate_unsloth",
@@ -28,7 +27,10 @@ def hardware() -> dict:
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    versions = {name: installed_version(name) or "not installed as a package" for name in _PACKAGES}
+    installed = {
+        distribution.metadata["Name"].replace("-", "_"): distribution.version for distribution in distributions()
+    }
+    versions = {name: installed.get(name, "not installed as a package") for name in _PACKAGES}
     return {"gpus": gpus, "processor": platform.processor() or platform.machine(), "versions": versions}
 
 
