@@ -18,8 +18,14 @@ _PUBLIC = {
     "FastModel": "engines.select",
     "SFTConfig": "trainers.sft",
     "SFTTrainer": "trainers.sft",
+    "CPOConfig": "trainers.odds",
+    "CPOTrainer": "trainers.odds",
     "DPOConfig": "trainers.preference",
     "DPOTrainer": "trainers.preference",
+    "KTOConfig": "trainers.kto",
+    "KTOTrainer": "trainers.kto",
+    "ORPOConfig": "trainers.odds",
+    "ORPOTrainer": "trainers.odds",
     "RewardConfig": "trainers.preference",
     "RewardTrainer": "trainers.preference",
     "DistributedTrainerMixin": "trainers.mixin",
@@ -50,7 +56,13 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow the map
     from .patch import is_multi_gpu_enabled as is_multi_gpu_enabled
     from .plugin import UnslothPlugin as UnslothPlugin
     from .policies.aggregation import AggregationMethod as AggregationMethod
+    from .trainers.kto import KTOConfig as KTOConfig
+    from .trainers.kto import KTOTrainer as KTOTrainer
     from .trainers.mixin import DistributedTrainerMixin as DistributedTrainerMixin
+    from .trainers.odds import CPOConfig as CPOConfig
+    from .trainers.odds import CPOTrainer as CPOTrainer
+    from .trainers.odds import ORPOConfig as ORPOConfig
+    from .trainers.odds import ORPOTrainer as ORPOTrainer
     from .trainers.preference import DPOConfig as DPOConfig
     from .trainers.preference import DPOTrainer as DPOTrainer
     from .trainers.preference import RewardConfig as RewardConfig

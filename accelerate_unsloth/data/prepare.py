@@ -7,8 +7,8 @@ preparation also sets up the trainer (its collator, its arguments).
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import datasets
 import pyarrow.compute as pc
@@ -48,6 +48,24 @@ def prepare_once(dataset, prepare: Callable, split: str):
     # Nodes that share a cache replace each other's files, so all map them when no node writes any more.
     channel().gather(f"prepared/{split}", True)
     return open_shared(shared, like)
+
+
+@contextmanager
+def map_once() -> Iterator[None]:
+    """
+    Let each `Dataset.map` run on one process of each node.
+
+    For trainers that prepare their data in the constructor (trl 1.15.0, `experimental/orpo` and `experimental/cpo`). Delete
+    it when they have a `_prepare_dataset`.
+    """
+    original = datasets.Dataset.map
+
+    def map_here(dataset, *args, **kwargs):
+        with patched(datasets.Dataset, map=original):
+            return prepare_once(dataset, lambda rows: original(rows, *args, **kwargs), "data")
+
+    with patched(datasets.Dataset, map=map_here), _without_ordering():
+        yield
 
 
 def _set_up_trainer(dataset: datasets.Dataset, prepare: Callable):

@@ -3,21 +3,24 @@
 import functools
 import sys
 from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 from ..engines.select import LOADERS, choice
 
 # isort: split
-import trl.trainer.sft_trainer
+import trl
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..launch.topology import topology
 from ..patches import Patch, patch_log
+from ..trainers.kto import KTOTrainer
+from ..trainers.odds import CPOTrainer, ORPOTrainer
+from ..trainers.preference import DPOTrainer, RewardTrainer
 from ..trainers.sft import SFTTrainer
 
-# A script may take the trainer from any of them.
-_HOMES_OF_TRAINER = (trl, trl.trainer, trl.trainer.sft_trainer)
+_TRAINERS = (SFTTrainer, DPOTrainer, RewardTrainer, KTOTrainer, ORPOTrainer, CPOTrainer)
 _RENAMED = {"max_seq_length": "max_length"}
 
 
@@ -46,9 +49,11 @@ def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch])
     else:
         for name, loader in LOADERS.items():
             patch(sys.modules["unsloth"], name, loader)
-    for home in _HOMES_OF_TRAINER:
-        patch(home, "SFTTrainer", SFTTrainer)
-    patch(SFTTrainer, "__init__", _trainer_init(SFTTrainer.__init__, plugin))
+    for trainer in _TRAINERS:
+        for home in _homes(trainer.__name__):
+            patch(home, trainer.__name__, trainer)
+        wrap = _sft_init if trainer is SFTTrainer else _init_with_plugin
+        patch(trainer, "__init__", wrap(trainer.__init__, plugin))
     patch(TrainingArguments, "__post_init__", _arguments_post_init(options, on_cpu))
     if options["enable_gradient_checkpointing"] is not None:
         for loader in set(LOADERS.values()):
@@ -57,9 +62,19 @@ def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch])
                 patch(loader, name, staticmethod(call))
 
 
+def _homes(trainer: str) -> list:
+    """Return the modules that a script may take a trainer of TRL's from."""
+    short = trainer.removesuffix("Trainer").lower()
+    if hasattr(trl, trainer):
+        return [trl, trl.trainer, import_module(f"trl.trainer.{short}_trainer")]
+    package = f"trl.experimental.{short}"
+    return [import_module(package), import_module(f"{package}.{short}_trainer")]
+
+
 def _check_call_is_early() -> None:
     unsloth = sys.modules.get("unsloth")
-    originals = {id(home.SFTTrainer): "trl.SFTTrainer" for home in _HOMES_OF_TRAINER}
+    names = [trainer.__name__ for trainer in _TRAINERS]
+    originals = {id(getattr(home, name)): f"trl.{name}" for name in names for home in _homes(name)}
     originals |= {id(getattr(unsloth, name)): f"unsloth.{name}" for name in LOADERS if hasattr(unsloth, name)}
     for name, value in vars(sys.modules["__main__"]).items():
         if id(value) in originals:
@@ -69,7 +84,19 @@ def _check_call_is_early() -> None:
             )
 
 
-def _trainer_init(init, plugin):
+def _init_with_plugin(init, plugin):
+    """Return a trainer's `__init__` with a default `plugin`."""
+
+    @functools.wraps(init, assigned=("__doc__",))
+    def patched_init(self, *args, **keywords):
+        if keywords.get("plugin") is None:
+            keywords["plugin"] = plugin
+        init(self, *args, **keywords)
+
+    return patched_init
+
+
+def _sft_init(init, plugin):
     """Return `SFTTrainer.__init__` with a default `plugin` and support for old keywords."""
 
     @functools.wraps(init, assigned=("__doc__",))
@@ -139,11 +166,12 @@ def _arguments_post_init(options: dict[str, Any], on_cpu: bool):
                 self.ddp_backend = "gloo"
         original(self)
         trainer = f"{type(self).__name__.removeprefix('Unsloth').removesuffix('Config')}Trainer"
-        if trainer != "SFTTrainer" and trainer in trl.__all__ and topology().is_main and trainer not in named:
+        ours = [known.__name__ for known in _TRAINERS]
+        if trainer not in ours and trainer in trl.__all__ and topology().is_main and trainer not in named:
             named.add(trainer)
             print(
-                f"accelerate_unsloth: {trainer} is TRL's own and trains with DistributedDataParallel; only SFTTrainer is "
-                "replaced by enable_multi_gpu()."
+                f"accelerate_unsloth: {trainer} is TRL's own and trains with DistributedDataParallel; enable_multi_gpu() "
+                f"replaces {', '.join(ours)}."
             )
 
     return patched_post_init

@@ -90,23 +90,20 @@ class LossAdapter:
         balance = nullcontext() if self.balance is None else self.balance.weighing(divisor)
         accumulation, trainer.current_gradient_accumulation_steps = trainer.current_gradient_accumulation_steps, 1
         try:
-            with self.alone(items, weight), balance:
+            with self.alone(inputs, items, weight), balance:
                 return trainer.stock_training_step(inputs, count)
         finally:
             trainer.current_gradient_accumulation_steps = accumulation
 
     @contextmanager
-    def alone(self, items: int, weight: torch.Tensor | None = None):
-        """Compute losses on this rank alone, multiplied by `weight`, with their metrics in our book."""
+    def alone(self, inputs: dict[str, Any], items: int, weight: torch.Tensor | None = None):
+        """Compute losses on this rank alone, multiplied by `weight`, with their metrics in our book if that succeeds."""
         trainer, own = self.trainer, self.trainer.compute_loss
 
         def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
             if self.balance is not None:  # models with a vision tower take it as an argument only
                 inputs = {**inputs, "output_router_logits": True}
-            noted = getattr(trainer, "_metrics", {}).get("train" if trainer.model.training else "eval", {})
             result = own(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            noted.pop("num_tokens", None)  # ours is of all ranks
-            self.book.take(noted, items)
             if weight is None:
                 return result
             value, *outputs = result if return_outputs else (result,)
@@ -115,7 +112,26 @@ class LossAdapter:
 
         # On the instance, because a subclass may override the method without a call of `super()`.
         with loss.without_collectives(trainer.accelerator), patched(trainer, compute_loss=compute_loss):
-            yield
+            try:
+                yield
+            except BaseException:
+                self.noted()  # what it had noted is left out
+                raise
+        self.book.take(self.noted(), {name: self.metric_items(name, inputs, items) for name in self.metrics})
+
+    def noted(self) -> dict[str, list[float]]:
+        """Take what the losses have noted by the names of our metrics; others stay, to be logged as TRL does."""
+        notes = getattr(self.trainer, "_metrics", {}).get("train" if self.trainer.model.training else "eval", {})
+        notes.pop("num_tokens", None)  # ours is of all ranks
+        return {name: notes.pop(name) for name in (*self.metrics, *self.extremes) if name in notes}
+
+    def metric_items(self, name: str, inputs: dict[str, Any], items: int) -> int:
+        """Return how many items of a micro-batch a metric is the mean of."""
+        return items
+
+    def evaluation_terms(self, value: float, inputs: dict[str, Any], items: int) -> list[tuple[float, int]]:
+        """Return the means that an evaluation loss is the sum of, each with the number of items behind it."""
+        return [(value, items)]
 
     # ---- Around training and steps ----
 

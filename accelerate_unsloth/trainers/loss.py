@@ -75,14 +75,14 @@ class MetricBook:
         """Return a book of the same metrics."""
         return MetricBook(self._names, self._extremes)
 
-    def take(self, noted: dict[str, list[float]], items: int) -> None:
-        """Move what a loss over `items` items has noted by these names into the book."""
+    def take(self, noted: dict[str, list[float]], items: dict[str, int]) -> None:
+        """Add what a loss has noted, each a mean over so many items."""
         for name in self._names:
-            for value in noted.pop(name, ()):
-                self._sums[name] += value * items
-                self._items[name] += items
+            for value in noted.get(name, ()):
+                self._sums[name] += value * items[name]
+                self._items[name] += items[name]
         for name, kind in self._extremes.items():
-            signed = [-value if kind == "min" else value for value in noted.pop(name, ())]
+            signed = [-value if kind == "min" else value for value in noted.get(name, ())]
             self._largest[name] = max([self._largest[name], *signed])
 
     def read(self, device: torch.device) -> dict[str, float]:

@@ -30,6 +30,11 @@ class PairAdapter(LossAdapter):
     def __init__(self, trainer):
         super().__init__(trainer)
         self.choice = LossChoice(False, "of all ranks and micro-batches")
+        if self.balance is not None:
+            raise ValueError(
+                "The load-balancing loss of the experts does not add up over micro-batches in this trainer. Set "
+                "router_aux_loss_coef=0.0."
+            )
 
     def items(self, inputs) -> int:
         return len(inputs["input_ids"]) // 2
@@ -76,11 +81,6 @@ class DPOAdapter(PairAdapter):
                     f"loss_type={loss_type!r} {self._COUPLED[loss_type]}, so the loss would depend on how a step is split. Use "
                     "another loss_type, or trl's own trainer on one process."
                 )
-        if self.balance is not None:
-            raise ValueError(
-                "The load-balancing loss of the experts does not add up over micro-batches under DPO. Set "
-                "router_aux_loss_coef=0.0."
-            )
 
 
 class DPOTrainer(DistributedTrainerMixin, *engine_bases(trl.DPOTrainer)):

@@ -45,6 +45,26 @@ def start_without_arguments(folder, example, start, **options):
     return finished
 
 
+def start_dpo(folder, *arguments):
+    words = ["--max_steps", 2, "--max_length", 192, "--learning_rate", 1e-3, "--logging_steps", 1, *arguments]
+    finished = launch(folder / "examples" / "dpo.py", words, processes=2, timeout_s=500)
+    assert finished.status == 0, finished.output[-4000:]
+    assert finished.output.count("mean over all pairs") == 1
+    assert finished.output.count("'rewards/margins'") == 2
+    assert (folder / ".demo" / "dpo" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.launch
+def test_preferences_are_trained_on_pairs_of_this_python(tiny_model, tmp_path):
+    start_dpo(copy_examples(tmp_path, tiny_model), "--pairs", 16)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_preferences_are_trained_on_a_real_model(tmp_path):
+    start_dpo(copy_examples(tmp_path), "--pairs", 16, "--per_device_train_batch_size", 2)
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize(
     ("example", "start"),

@@ -351,14 +351,26 @@ def test_code_without_a_file_is_told_to_get_one():
 
 
 def test_trainers_that_stay_trls_own_are_named_once(capsys, tmp_path):
-    from trl import DPOConfig, SFTConfig
+    from trl import DPOConfig, RLOOConfig, SFTConfig
 
     with accelerate_unsloth.enable_multi_gpu():
-        for kind in (SFTConfig, DPOConfig, DPOConfig):
+        for kind in (SFTConfig, DPOConfig, RLOOConfig, RLOOConfig):
             kind(str(tmp_path))
-    assert capsys.readouterr().out.count("DPOTrainer is TRL's own") == 1
-    DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    said = capsys.readouterr().out
+    assert said.count("RLOOTrainer is TRL's own") == said.count("TRL's own") == 1
+    RLOOConfig(str(tmp_path), use_cpu=True, bf16=False)
     assert "TRL's own" not in capsys.readouterr().out
+
+
+def test_preference_trainers_are_ours_wherever_a_script_takes_them_from():
+    import trl
+    from trl.experimental import cpo, orpo
+
+    taken = ("DPOTrainer", "RewardTrainer", "KTOTrainer")
+    with accelerate_unsloth.enable_multi_gpu():
+        assert all(getattr(trl, name) is getattr(accelerate_unsloth, name) for name in taken)
+        assert (orpo.ORPOTrainer, cpo.CPOTrainer) == (accelerate_unsloth.ORPOTrainer, accelerate_unsloth.CPOTrainer)
+    assert not any(getattr(trl, name) is getattr(accelerate_unsloth, name) for name in taken)
 
 
 def test_the_call_costs_nothing_before_it_is_made():

@@ -1,5 +1,5 @@
 """
-DPO and reward models train as plain TRL does in one process with the effective batch as one micro-batch.
+Preference trainers train as plain TRL does in one process with the effective batch as one micro-batch.
 
 Weights are compared, because curves can agree while training is wrong.
 """
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ..launching import WORKERS, launch, result
 
 pytestmark = pytest.mark.launch
-TRAINERS = ("dpo", "reward")
+TRAINERS = ("dpo", "reward", "orpo", "cpo", "kto")
 
 # launch: (processes, per-device batch, accumulation, further options)
 LAUNCHES = {
@@ -54,10 +54,11 @@ def run(tiny_model, pairs, tmp_path_factory):
         options = {"trainer": trainer, "args": arguments | options.pop("args", {})} | options
         key = json.dumps([processes, options])
         if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("run")
-            words = [tiny_model, pairs, folders[key], json.dumps(options)]
+            folder = tmp_path_factory.mktemp("run")
+            words = [tiny_model, pairs, folder, json.dumps(options)]
             finished = launch(WORKERS / "preference.py", words, processes, timeout_s=300)
             assert finished.status == 0, finished.output[-4000:]
+            folders[key] = folder
         return folders[key]
 
     return start
@@ -95,6 +96,9 @@ def test_losses_and_weights_are_those_of_plain_trl(run, trainer, name):
 METRICS = {
     "dpo": ["rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"],
     "reward": ["mean_reward", "accuracy", "margin", "min_reward", "max_reward"],
+    "orpo": ["rewards/chosen", "rewards/margins", "logps/rejected", "nll_loss", "log_odds_chosen"],
+    "cpo": ["rewards/chosen", "rewards/accuracies", "logps/chosen", "nll_loss"],
+    "kto": ["kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"],
 }
 
 
@@ -109,7 +113,7 @@ def test_metrics_are_those_of_the_whole_step(run, trainer, metric, name):
 def test_the_table_names_pairs_and_tokens_are_those_of_all_ranks(run, trainer):
     one, two = launched(run, trainer, "one, accumulated"), launched(run, trainer, "two")
     rows = {row[0]: row[1] for row in result(two)["decisions"]}
-    assert rows["loss"] == "mean over all pairs"
+    assert rows["loss"] == f"mean over all {'answers' if trainer == 'kto' else 'pairs'}"
     assert rows["samples"] == "balanced"
     assert logged(one, "num_tokens") == logged(two, "num_tokens")
 

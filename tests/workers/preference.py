@@ -1,11 +1,12 @@
 """
-Train on pairs by plain TRL or by ours, and write down what is logged and the weights.
+Train on preferences by plain TRL or by ours, and write down what is logged and the weights.
 
     preference.py MODEL DATA OUT '{"trainer": "dpo", "plain": true, "args": arguments, "plugin": {...}}'
 """
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import accelerate_unsloth
@@ -20,8 +21,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
-from tests.workers.losses import limit_memory
+from accelerate_unsloth.trainers import log_probs  # plain TRL needs it on a CPU too
 from tests.workers.provoke import Provoke
+
+log_probs.install()
 
 ARGUMENTS = {
     "num_train_epochs": 1,
@@ -36,7 +39,8 @@ ARGUMENTS = {
     "disable_tqdm": True,
     "seed": 3,
 }
-CLASSES = {"dpo": "DPO", "reward": "Reward"}
+CLASSES = {"dpo": "DPO", "reward": "Reward", "orpo": "ORPO", "cpo": "CPO", "kto": "KTO"}
+FURTHER = {"kto": {"train_sampling_strategy": "sequential"}}
 
 
 def load(which: str, folder: str):
@@ -48,16 +52,36 @@ def load(which: str, folder: str):
     return get_peft_model(model, LoraConfig(r=4, task_type="SEQ_CLS", modules_to_save=["score"])), tokenizer
 
 
+def unpaired(row: dict, index: int) -> dict:
+    good = index % 3 > 0
+    return {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+
+
+def limit_memory(model, tokens: int) -> None:
+    """As on a GPU whose memory holds micro-batches of so many tokens, padding included, with gradients."""
+
+    def check(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        if torch.is_grad_enabled() and ids.numel() > tokens:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Simulated above {tokens} tokens")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
 def train(model_folder: str, data: str, out: Path, options: dict) -> dict:
     which = options["trainer"]
-    home = trl if options.get("plain") else accelerate_unsloth
+    home = accelerate_unsloth
+    if options.get("plain"):
+        home = import_module(f"trl.experimental.{which}") if which in ("orpo", "cpo") else trl
     trainer_class, config_class = (getattr(home, CLASSES[which] + kind) for kind in ("Trainer", "Config"))
     model, tokenizer = load(which, model_folder)
     rows = datasets.Dataset.from_json(data, cache_dir=str(out / "json_cache"))
+    if which == "kto":
+        rows = rows.map(unpaired, with_indices=True, remove_columns=rows.column_names)
     plugin = {} if options.get("plain") else {"plugin": UnslothPlugin(report=False, **options.get("plugin", {}))}
     trainer = trainer_class(
         model=model,
-        args=config_class(str(out / "run"), **ARGUMENTS | options.get("args", {})),
+        args=config_class(str(out / "run"), **ARGUMENTS | FURTHER.get(which, {}) | options.get("args", {})),
         train_dataset=rows.remove_columns(options.get("without", [])),
         eval_dataset=rows.select(range(7)) if options.get("evaluate") else None,
         processing_class=tokenizer,
