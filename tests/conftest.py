@@ -30,13 +30,19 @@ def uneven_data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def unsloth_once(tiny_model, uneven_data, tmp_path_factory):
+def preference_data(tmp_path_factory):
+    """As many pairs of a chosen and a rejected answer."""
+    return tiny_model_files.make_preferences(tmp_path_factory.mktemp("data") / "pairs.jsonl", samples=22)
+
+
+@pytest.fixture(scope="session")
+def unsloth_once(tiny_model, uneven_data, preference_data, tmp_path_factory):
     """The folder with all that one import of the real Unsloth has left, see `workers/unsloth_once.py`."""
     folder = tmp_path_factory.mktemp("unsloth")
     experts = tiny_model_files.make_mixture_of_experts(tmp_path_factory.mktemp("moe"))
     environment = {"HF_HOME": str(folder / "cache"), "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")}
     environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes, for a model that trains in a second
-    arguments = [tiny_model, experts, uneven_data, folder]
+    arguments = [tiny_model, experts, uneven_data, preference_data, folder]
     finished = launch(WORKERS / "unsloth_once.py", arguments, 1, environment, timeout_s=300, real_launcher=True)
     assert finished.status == 0, finished.output[-4000:]
     return folder

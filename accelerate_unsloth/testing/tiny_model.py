@@ -111,6 +111,20 @@ def make_prompts(file: Path, samples: int, seed: int = 0) -> Path:
     )
 
 
+def make_preferences(file: Path, samples: int, seed: int = 0) -> Path:
+    """Write prompts with a chosen and a rejected answer, all of very uneven lengths."""
+    generator = random.Random(seed)
+
+    def text(lengths):
+        return " ".join(generator.choice(_WORDS) for _ in range(generator.choice(lengths)))
+
+    rows = [
+        {"prompt": text([1, 5, 20]) + " ", "chosen": text([1, 3, 30]), "rejected": text([1, 3, 30]) + " none"}
+        for _ in range(samples)
+    ]
+    return _write_rows(file, rows)
+
+
 def make_texts(samples: int = CHECK_SAMPLES, seed: int = 0) -> list[str]:
     """Return texts of 2 to 48 words: the same sentence over and over from a random word on, which is soon learned."""
     generator = random.Random(seed)

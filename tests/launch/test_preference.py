@@ -5,7 +5,6 @@ Weights are compared, because curves can agree while training is wrong.
 """
 
 import json
-import random
 
 import pytest
 import torch
@@ -27,25 +26,7 @@ LAUNCHES = {
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """22 pairs of very uneven lengths: not a multiple of any effective batch used here."""
-    generator = random.Random(0)
-    words = ["a", "rank", "sends", "its", "gradient", "to", "all", "others", "and", "waits", "for", "none"]
-
-    def text(lengths):
-        return " ".join(generator.choice(words) for _ in range(generator.choice(lengths)))
-
-    rows = [
-        {"prompt": text([1, 5, 20]) + " ", "chosen": text([1, 3, 30]), "rejected": text([1, 3, 30]) + " none"}
-        for _ in range(22)
-    ]
-    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture(scope="module")
-def run(tiny_model, pairs, tmp_path_factory):
+def run(tiny_model, preference_data, tmp_path_factory):
     """Launch the worker once for each set of options; its folder."""
     folders = {}
 
@@ -55,7 +36,7 @@ def run(tiny_model, pairs, tmp_path_factory):
         key = json.dumps([processes, options])
         if key not in folders:
             folder = tmp_path_factory.mktemp("run")
-            words = [tiny_model, pairs, folder, json.dumps(options)]
+            words = [tiny_model, preference_data, folder, json.dumps(options)]
             finished = launch(WORKERS / "preference.py", words, processes, timeout_s=300)
             assert finished.status == 0, finished.output[-4000:]
             folders[key] = folder
@@ -146,9 +127,9 @@ def test_a_run_resumes_on_another_number_of_processes(run, trainer):
     ],
 )
 def test_what_cannot_be_exact_or_read_is_one_error_that_ends_all(
-    trainer, options, message, tiny_model, pairs, tmp_path
+    trainer, options, message, tiny_model, preference_data, tmp_path
 ):
-    words = [tiny_model, pairs, tmp_path, json.dumps({"trainer": trainer, **options})]
+    words = [tiny_model, preference_data, tmp_path, json.dumps({"trainer": trainer, **options})]
     finished = launch(WORKERS / "preference.py", words, 2, timeout_s=90)
     assert finished.status != 0
     assert finished.output.count(message) == 1

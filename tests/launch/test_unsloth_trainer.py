@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.unsloth]
 
 
 @pytest.fixture(scope="module", params=["forked", pytest.param("launched", marks=pytest.mark.slow)])
-def runs(request, tiny_model, uneven_data, tmp_path_factory):
+def runs(request, tiny_model, uneven_data, preference_data, tmp_path_factory):
     """Folders of the training in one and two processes, forked after Unsloth was imported, or started by the launcher."""
     if request.param == "forked":
         folder = request.getfixturevalue("unsloth_once")
@@ -25,7 +25,7 @@ def runs(request, tiny_model, uneven_data, tmp_path_factory):
         # Unsloth writes the trainers that it generates, so each run gets a folder of its own.
         environment = {"HF_HOME": str(folder / "cache"), "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")}
         environment["TORCHDYNAMO_DISABLE"] = "1"
-        arguments = [tiny_model, experts, uneven_data, folder, accumulation]
+        arguments = [tiny_model, experts, uneven_data, preference_data, folder, accumulation]
         finished = launch(
             WORKERS / "unsloth_trainer.py", arguments, processes, environment, timeout_s=300, real_launcher=True
         )
@@ -52,6 +52,16 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs, model):
     assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
     assert [entry["num_tokens"] for entry in two] == [entry["num_tokens"] for entry in one]
     first, second = (load_file(runs[processes] / f"{model}0.safetensors") for processes in (1, 2))
+    distance = torch.stack([(first[name] - second[name]).norm() for name in first]).norm()
+    assert distance / torch.stack([weight.norm() for weight in first.values()]).norm() < 1e-5
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "reward", "orpo", "cpo", "kto"])
+def test_preference_trainers_of_unsloth_give_the_losses_and_weights_of_one_process(runs, trainer):
+    one, two = result(runs[1])[trainer], result(runs[2])[trainer]
+    assert any(base.startswith("Unsloth") for base in two["bases"])
+    assert [entry["loss"] for entry in two["log"]] == pytest.approx([entry["loss"] for entry in one["log"]], rel=1e-5)
+    first, second = (load_file(runs[processes] / f"{trainer}0.safetensors") for processes in (1, 2))
     distance = torch.stack([(first[name] - second[name]).norm() for name in first]).norm()
     assert distance / torch.stack([weight.norm() for weight in first.values()]).norm() < 1e-5
 

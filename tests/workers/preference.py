@@ -68,8 +68,7 @@ def limit_memory(model, tokens: int) -> None:
     model.register_forward_pre_hook(check, with_kwargs=True)
 
 
-def train(model_folder: str, data: str, out: Path, options: dict) -> dict:
-    which = options["trainer"]
+def train(which: str, model_folder: str, data: str, out: Path, options: dict):
     home = accelerate_unsloth
     if options.get("plain"):
         home = import_module(f"trl.experimental.{which}") if which in ("orpo", "cpo") else trl
@@ -91,17 +90,19 @@ def train(model_folder: str, data: str, out: Path, options: dict) -> dict:
         limit_memory(model, options["memory_tokens"])
     if "provoke" in options:
         trainer.add_callback(Provoke(**options["provoke"]))
-    before = trainer.evaluate() if options.get("evaluate") else {}
+    trainer.before = trainer.evaluate() if options.get("evaluate") else {}
     trainer.train(resume_from_checkpoint=options.get("resume"))
-    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(weights, out / f"weights{PartialState().process_index}.safetensors")
-    decisions = [] if options.get("plain") else trainer.decisions()
-    return {"log": trainer.state.log_history, "before": before, "decisions": decisions}
+    return trainer
 
 
 def main(model: str, data: str, out: str, options: dict) -> None:
-    seen = train(model, data, Path(out), options)
-    (Path(out) / f"result{PartialState().process_index}.json").write_text(json.dumps(seen))
+    out = Path(out)
+    trainer = train(options["trainer"], model, data, out, options)
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    save_file(weights, out / f"weights{PartialState().process_index}.safetensors")
+    decisions = [] if options.get("plain") else trainer.decisions()
+    seen = {"log": trainer.state.log_history, "before": trainer.before, "decisions": decisions}
+    (out / f"result{PartialState().process_index}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

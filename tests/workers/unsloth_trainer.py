@@ -66,7 +66,17 @@ def train(model_folder: str, data_file: str, out: Path, accumulation: int, **arg
     return trainer
 
 
-def main(model_folder: str, experts_folder: str, data_file: str, out: str, accumulation: str) -> None:
+def prefer(which: str, model_folder: str, data_file: str, out: Path, accumulation: int):
+    """Train on preferences with our class over the one that Unsloth generated."""
+    from tests.workers import preference
+
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, "optim": "adamw_torch"}
+    return preference.train(which, model_folder, data_file, out, {"args": options | {"warmup_ratio": 0.0}})
+
+
+def main(
+    model_folder: str, experts_folder: str, data_file: str, preferences: str, out: str, accumulation: str
+) -> None:
     from tests.workers.train import count_mapped_rows
 
     out, rank = Path(out), int(os.environ.get("RANK", 0))
@@ -78,10 +88,18 @@ def main(model_folder: str, experts_folder: str, data_file: str, out: str, accum
         report[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
         trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         save_file(trained, out / f"{name}{rank}.safetensors")
+    for which in ("dpo", "reward", "orpo", "cpo", "kto"):
+        trainer = prefer(which, model_folder, preferences, out, int(accumulation))
+        report[which] = {
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "bases": [base.__name__ for base in type(trainer).__mro__],
+        }
+        trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        save_file(trained, out / f"{which}{rank}.safetensors")
     report["trainer"] = trl.SFTTrainer.__name__
     report["get_batch_samples"] = transformers.Trainer.get_batch_samples.__name__
     (out / f"result{rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:6])
+    main(*sys.argv[1:7])
