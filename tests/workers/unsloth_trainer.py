@@ -81,13 +81,14 @@ def main(
 
     out, rank = Path(out), int(os.environ.get("RANK", 0))
     mapped = count_mapped_rows()
-    report = {"mapped_rows": mapped}
+    report = {}
     runs = {"dense": (model_folder, {}), "experts": (experts_folder, {"router_aux_loss_coef": 0.5})}
     for name, (folder, arguments) in runs.items():
         trainer = train(folder, data_file, out, int(accumulation), **arguments)
         report[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
         trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         save_file(trained, out / f"{name}{rank}.safetensors")
+    report["mapped_rows"] = list(mapped)  # the worker maps rows for KTO by itself
     for which in ("dpo", "reward", "orpo", "cpo", "kto"):
         trainer = prefer(which, model_folder, preferences, out, int(accumulation))
         report[which] = {
