@@ -26,6 +26,8 @@ _PUBLIC = {
     "KTOTrainer": "trainers.kto",
     "ORPOConfig": "trainers.odds",
     "ORPOTrainer": "trainers.odds",
+    "UnslothTrainer": "trainers.embedding_rate",
+    "UnslothTrainingArguments": "trainers.embedding_rate",
     "RewardConfig": "trainers.preference",
     "RewardTrainer": "trainers.preference",
     "DistributedTrainerMixin": "trainers.mixin",
@@ -56,6 +58,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow the map
     from .patch import is_multi_gpu_enabled as is_multi_gpu_enabled
     from .plugin import UnslothPlugin as UnslothPlugin
     from .policies.aggregation import AggregationMethod as AggregationMethod
+    from .trainers.embedding_rate import UnslothTrainer as UnslothTrainer
+    from .trainers.embedding_rate import UnslothTrainingArguments as UnslothTrainingArguments
     from .trainers.kto import KTOConfig as KTOConfig
     from .trainers.kto import KTOTrainer as KTOTrainer
     from .trainers.mixin import DistributedTrainerMixin as DistributedTrainerMixin

@@ -15,6 +15,7 @@ from trl import SFTConfig
 
 from ..launch.topology import topology
 from ..patches import Patch, patch_log
+from ..trainers.embedding_rate import UnslothTrainer, UnslothTrainingArguments
 from ..trainers.kto import KTOTrainer
 from ..trainers.odds import CPOTrainer, ORPOTrainer
 from ..trainers.preference import DPOTrainer, RewardTrainer
@@ -45,15 +46,19 @@ def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch])
     if choice.name == "reference":
         from ..engines.reference import make_unsloth_module
 
-        patch(sys.modules, "unsloth", make_unsloth_module())
+        module = make_unsloth_module()
+        module.UnslothTrainer, module.UnslothTrainingArguments = UnslothTrainer, UnslothTrainingArguments
+        patch(sys.modules, "unsloth", module)
     else:
-        for name, loader in LOADERS.items():
-            patch(sys.modules["unsloth"], name, loader)
+        for name, replacement in {**LOADERS, "UnslothTrainer": UnslothTrainer}.items():
+            patch(sys.modules["unsloth"], name, replacement)
     for trainer in _TRAINERS:
         for home in _homes(trainer.__name__):
             patch(home, trainer.__name__, trainer)
         wrap = _sft_init if trainer is SFTTrainer else _init_with_plugin
         patch(trainer, "__init__", wrap(trainer.__init__, plugin))
+    if UnslothTrainer.__mro__[1] is not SFTTrainer:  # Unsloth's own
+        patch(UnslothTrainer, "__init__", _init_with_plugin(UnslothTrainer.__init__, plugin))
     patch(TrainingArguments, "__post_init__", _arguments_post_init(options, on_cpu))
     if options["enable_gradient_checkpointing"] is not None:
         for loader in set(LOADERS.values()):

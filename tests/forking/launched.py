@@ -1,6 +1,7 @@
 """Make a forked process what a fresh interpreter would be that starts a script, or a launcher of some."""
 
 import atexit
+import multiprocessing
 import os
 import runpy
 import signal
@@ -17,6 +18,7 @@ def run(script: list[str], launcher: list[str], processes: int, environment, fol
     """Run what a test wants to start; never returns."""
     from . import preload, ranks
 
+    multiprocessing.set_start_method(None, force=True)  # or workers of a loader would be started by a fork server too
     os.setsid()
     os.chdir(folder)
     for descriptor in (1, 2):  # nothing has been written to them yet
