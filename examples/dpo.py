@@ -67,8 +67,9 @@ def make_pairs(wanted: int) -> Dataset:
 def main() -> None:
     if not any("output_dir" in word for word in sys.argv):
         sys.argv += ["--output_dir", str(DEMO / "dpo")]
+    if not torch.cuda.is_available():
+        sys.argv += ["--use_cpu", "True", "--bf16", "False"]
     script, arguments = TrlParser((ScriptArguments, DPOConfig)).parse_args_and_config()
-    arguments.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     model, tokenizer = FastLanguageModel.from_pretrained(
         script.model_name_or_path or demo_model(),
         max_seq_length=script.max_seq_length,

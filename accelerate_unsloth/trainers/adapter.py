@@ -183,9 +183,13 @@ class LossAdapter:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.balance.count((functools.partial(forward, batch.inputs) for batch in batches), step.items)
 
-    def logs(self, device: torch.device) -> dict[str, float]:
-        """Return the means over all ranks of what the losses noted since the last log; all ranks come here together."""
-        means = self.book.read(device)
+    def read(self, book: loss.MetricBook) -> dict[str, float]:
+        """Return the metrics of all ranks in a book, which is empty then; all ranks come here together."""
+        return book.read(self.trainer.args.device)
+
+    def logs(self) -> dict[str, float]:
+        """Return what the losses of all ranks noted since the last log; all ranks come here together."""
+        means = self.read(self.book)
         if self.balance is not None and self.balance.values:
             values, self.balance.values = self.balance.values, []
             means["aux_loss"] = sum(values) / len(values)

@@ -27,7 +27,7 @@ class EvaluationMixin:
         finally:
             book, self.adapter.book = self.adapter.book, training_book
             sums, self._eval_sums = self._eval_sums, None
-        metrics = book.read(self.args.device)
+        metrics = self.adapter.read(book)
         if exact:
             output.metrics[f"{metric_key_prefix}_loss"] = _mean(channel().gather("evaluation", sums))
         for name, value in metrics.items():  # one of the user's own by that name stays

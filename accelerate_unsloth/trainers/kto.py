@@ -20,6 +20,7 @@ from ..data.lengths import lengths_of
 from ..patches import patched
 from ..policies.loss import LossChoice
 from .adapter import LossAdapter
+from .loss import MetricBook
 from .mixin import DistributedTrainerMixin
 from .reference import engine_bases
 from .step import Step
@@ -78,11 +79,16 @@ class KTOAdapter(LossAdapter):
         chosen = int(inputs["label"].sum())
         return chosen if name in _OF_CHOSEN else items - chosen if name in _OF_REJECTED else items
 
-    def logs(self, device: torch.device) -> dict[str, float]:
-        means = super().logs(device)
-        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return means
+    def noted(self) -> dict[str, list[float]]:
+        notes = self.trainer._metrics["train" if self.trainer.model.training else "eval"]
+        notes.pop("rewards/margins", None)  # a difference of means, which is no mean
+        return super().noted()
+
+    def read(self, book: MetricBook) -> dict[str, float]:
+        metrics = super().read(book)
+        if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        return metrics
 
 
 class KTOTrainer(DistributedTrainerMixin, *engine_bases(trl.KTOTrainer)):

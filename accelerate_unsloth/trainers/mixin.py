@@ -330,7 +330,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             logs["num_tokens"] = int(self._num_tokens.item())
-            logs |= self.adapter.logs(self.args.device)
+            logs |= self.adapter.logs()
             if self.plugin.monitor:
                 logs |= self._read_ranks()
         return super().log(logs, *args, **kwargs)

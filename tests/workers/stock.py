@@ -12,17 +12,25 @@ from accelerate_unsloth import FastLanguageModel, SFTConfig
 # isort: split
 import datasets
 import torch
+import trl
 from safetensors.torch import save_file
 
-from accelerate_unsloth.trainers.sft import _ReferenceSFTTrainer  # TRL's with a loss that runs without a GPU
+from accelerate_unsloth.trainers import log_probs  # TRL's loss needs it on a CPU
+from accelerate_unsloth.trainers.reference import ReferenceArguments
 from tests.workers.train import ARGUMENTS
+
+log_probs.install()
+
+
+class StockTrainer(ReferenceArguments, trl.SFTTrainer):
+    """TRL's trainer, on a device whose name a checkpoint can be loaded to."""
 
 
 def main(model_folder: str, data_file: str, out: str) -> None:
     out = Path(out)
     model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128)
     model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
-    trainer = _ReferenceSFTTrainer(
+    trainer = StockTrainer(
         model,
         SFTConfig(
             str(out / "run"),
