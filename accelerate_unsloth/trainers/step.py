@@ -146,7 +146,8 @@ class StepRunner:
         batch.inputs = {}
         for parameter, gradient in kept:
             parameter.grad = gradient
-        clear_device_cache(garbage_collection=True)
+        if torch.cuda.is_available():
+            clear_device_cache(garbage_collection=True)
         if len(samples) > 1:
             return self._split(step, samples)
         if self._fall_back("a sample did not fit without it"):

@@ -292,9 +292,9 @@ def test_the_module_runs_a_script_as_python_would(tmp_path):
         "print(__name__, sys.argv[1:], sys.argv[0] == __file__, sys.path[0], accelerate_unsloth.is_multi_gpu_enabled())\n"
         "raise SystemExit(5)\n"
     )
-    finished = run("-m", "accelerate_unsloth", tmp_path / "script.py", "--a", "b c")
-    assert finished.returncode == 5, finished.stderr
-    assert finished.stdout.splitlines()[-1] == f"__main__ ['--a', 'b c'] True {tmp_path.resolve()} True"
+    finished = launch("-m", ["accelerate_unsloth", tmp_path / "script.py", "--a", "b c"], processes=1)
+    assert finished.status == 5, finished.output
+    assert finished.output.splitlines()[-1] == f"__main__ ['--a', 'b c'] True {tmp_path.resolve()} True"
 
 
 @pytest.mark.launch
@@ -302,10 +302,10 @@ def test_the_variable_turns_the_module_off(tmp_path):
     (tmp_path / "script.py").write_text("import accelerate_unsloth as a; print(a.is_multi_gpu_enabled())\n")
     for value, enabled in (("0", "False"), ("1", "True")):
         variable = {"ACCELERATE_UNSLOTH_ENABLE": value}
-        finished = run("-m", "accelerate_unsloth", tmp_path / "script.py", environment=variable)
-        assert finished.stdout.splitlines()[-1] == enabled, finished.stderr
-    finished = run("-m", "accelerate_unsloth", tmp_path / "script.py", environment={"ACCELERATE_UNSLOTH_ENABLE": "2"})
-    assert "ACCELERATE_UNSLOTH_ENABLE='2' is neither true nor false" in finished.stderr
+        finished = launch("-m", ["accelerate_unsloth", tmp_path / "script.py"], 1, variable)
+        assert finished.output.splitlines()[-1] == enabled, finished.output
+    finished = launch("-m", ["accelerate_unsloth", tmp_path / "script.py"], 1, {"ACCELERATE_UNSLOTH_ENABLE": "2"})
+    assert "ACCELERATE_UNSLOTH_ENABLE='2' is neither true nor false" in finished.output
 
 
 def test_a_missing_script_is_named():
@@ -325,8 +325,8 @@ def test_the_command_of_a_module_names_the_module(tmp_path):
 def test_the_command_of_a_script_that_the_module_runs_names_both(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("from accelerate_unsloth.launch import command; print(command.command(2))\n")
-    finished = run("-m", "accelerate_unsloth", script, "--x")
-    assert finished.stdout.endswith(f" -m accelerate_unsloth {script} --x\n"), finished.stderr
+    finished = launch("-m", ["accelerate_unsloth", script, "--x"], processes=1)
+    assert finished.output.endswith(f" -m accelerate_unsloth {script} --x\n"), finished.output
 
 
 def test_the_command_of_a_script_that_another_module_runs_names_the_script(tmp_path):
