@@ -11,7 +11,7 @@ from accelerate_unsloth import UnslothPlugin
 from accelerate_unsloth.launch.command import check_launch
 from accelerate_unsloth.patches import PatchLog
 
-from ..launching import ROOT, WORKERS, clean_environment, configs
+from ..launching import ROOT, WORKERS, clean_environment, configs, launch
 
 
 @pytest.fixture(autouse=True)
