@@ -103,7 +103,7 @@ class UnslothPlugin:
     on_oversized: Literal["stop", "skip"] = _option(
         "stop",
         'What a single sample does that does not fit the memory: `"stop"` ends the run, `"skip"` leaves it out and reports it. '
-        "A micro-batch of several samples is split in two instead.",
+        "Before that, activations are recomputed where keeping them was our choice. A micro-batch of several samples is split.",
     )
     watchdog_timeout_s: int | None = _option(
         None,

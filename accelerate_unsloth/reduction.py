@@ -29,7 +29,7 @@ class StepTotals:
     items: torch.Tensor  # loss items of all ranks, a scalar
     tokens: torch.Tensor  # tokens of all ranks, a scalar
     stop_votes: int  # ranks that were asked to stop
-    ranks_out_of_memory: int  # ranks that had to split a micro-batch
+    ranks_out_of_memory: int  # ranks on which a micro-batch did not fit
     nonfinite_ranks: list[int]  # ranks whose loss or gradient was not finite
 
 
@@ -54,7 +54,7 @@ class Reducer(Protocol):
             num_tokens (`torch.Tensor`): Tokens this rank processed, a scalar.
             wants_stop (`bool`, *optional*, defaults to `False`): Whether this rank was asked to stop.
             ran_out_of_memory (`bool`, *optional*, defaults to `False`):
-                Whether this rank had to split a micro-batch in this step.
+                Whether a micro-batch of this step did not fit on this rank.
             check_gradients (`bool`, *optional*, defaults to `True`):
                 Whether gradients have to be finite; a GradScaler finds and skips those that are not by itself.
 

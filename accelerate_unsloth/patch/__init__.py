@@ -1,5 +1,5 @@
 """
-Unmodified scripts on several GPUs: one call in front replaces Unsloth's loaders and TRL's trainer in memory.
+Unmodified scripts on several GPUs: one call in front replaces Unsloth's loaders and TRL's trainers in memory.
 
     import accelerate_unsloth
     accelerate_unsloth.enable_multi_gpu()

@@ -2,7 +2,7 @@
 What the step has to know of a trainer's loss: how much a micro-batch weighs, what a sample costs, and how to run it.
 
 The base class is that of losses over labelled tokens, TRL's SFT. A trainer with another loss overrides what differs: for
-pairs, `items`, `lengths` and `unit`. The loss runs on one rank alone: whatever it gathers returns its argument, because
+pairs, `unit`, `choice`, `items`, `lengths`, `length` and `metrics`. The loss runs on one rank alone: whatever it gathers returns its argument, because
 ranks have different numbers of micro-batches.
 """
 

@@ -51,7 +51,9 @@ _ALIGNED_TOKENS = 8
 
 class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, LoadingMixin):
     """
-    Mixin for trainers of the kind of TRL's SFTTrainer: a loss over labelled tokens. Put it first among the bases.
+    Mixin for TRL's trainers. Put it first among the bases.
+
+    The loss is one over labelled tokens, or what `adapter_class` says of it.
 
     Args:
         plugin ([`UnslothPlugin`], *optional*):

@@ -20,7 +20,7 @@ from ..plugin import UnslothPlugin
 from ..policies import micro_batch
 from ..policies.plan import Facts, StepPlan, plan
 
-_PROBED_STEPS = 1000
+_LOOKED_AT = 1000  # steps of an epoch, and samples, from which the worst case is taken
 
 
 class Planner:
@@ -174,16 +174,16 @@ def worst_case(sampler: EffectiveBatchSampler) -> list[int]:
     """
     Return the micro-batch with the most tokens, and some samples more within the budget.
 
-    It looks at all ranks and at up to 2,000 steps of the epoch, evenly spread.
+    It looks at all ranks, and at every step of the epoch or about 1,000 of them, evenly spread.
     """
 
     def tokens(batch):
         return sampler.cost.tokens(sampler.lengths[batch].tolist())
 
-    steps = range(0, sampler.num_steps, max(1, sampler.num_steps // _PROBED_STEPS))
+    steps = range(0, sampler.num_steps, max(1, sampler.num_steps // _LOOKED_AT))
     worst = max((batch for step in steps for batches in sampler.plan(step) for batch in batches), key=tokens)
     most = min(sampler.token_budget, int(micro_batch.PROBE_MARGIN * tokens(worst)))
-    for sample in range(min(sampler.num_samples, _PROBED_STEPS)):
+    for sample in range(min(sampler.num_samples, _LOOKED_AT)):
         if sample not in worst and tokens([*worst, sample]) <= most:
             worst = [*worst, sample]
     return worst

@@ -89,7 +89,7 @@ class StepRunner:
 
     Args:
         work ([`Work`]): The loss.
-        parameters (`Iterable[torch.nn.Parameter]`): Parameters; those that are trained are looked up in each step.
+        parameters (`Callable`): Returns the model's parameters; those that are trained are looked up in each step.
         on_oversized (`str`): The plugin's option: `"stop"` or `"skip"` a sample that does not fit alone.
         fall_back (`Callable`): `fall_back(why) -> bool`: recompute activations from here on, if that is allowed.
         may_fall_back (`Callable`): Whether it would be.
@@ -97,7 +97,7 @@ class StepRunner:
 
     Attributes:
         skipped_samples (`list[int]`): Samples that were left out.
-        fell_back (`bool`): Whether this rank recomputes since a sample did not fit; the planner resets it.
+        fell_back (`bool`): Whether this rank recomputes since a sample did not fit; `_end_step` of the mixin resets it.
     """
 
     def __init__(
