@@ -27,12 +27,12 @@ LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def run(tiny_model, preference_data, tmp_path_factory):
-    """Launch the worker once for each set of options; its folder."""
+    """Launch the worker once for each set of options, with all trainers; the folder of one of them."""
     folders = {}
 
     def start(trainer, processes, micro_batch, accumulation, **options):
         arguments = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
-        options = {"trainer": trainer, "args": arguments | options.pop("args", {})} | options
+        options = {"trainers": TRAINERS, "args": arguments | options.pop("args", {})} | options
         key = json.dumps([processes, options])
         if key not in folders:
             folder = tmp_path_factory.mktemp("run")
@@ -40,7 +40,7 @@ def run(tiny_model, preference_data, tmp_path_factory):
             finished = launch(WORKERS / "preference.py", words, processes, timeout_s=300)
             assert finished.status == 0, finished.output[-4000:]
             folders[key] = folder
-        return folders[key]
+        return folders[key] / trainer
 
     return start
 
@@ -112,7 +112,7 @@ def test_the_evaluation_does_not_depend_on_the_processes(run, trainer):
 def test_a_run_resumes_on_another_number_of_processes(run, trainer):
     saving = {"save_strategy": "steps", "save_steps": 3}
     one = run(trainer, 1, 1, 4, args=saving)
-    resumed = run(trainer, 2, 1, 2, resume=str(one / "run" / "checkpoint-3"))
+    resumed = run(trainer, 2, 1, 2, resume=str(one.parent / "{trainer}" / "run" / "checkpoint-3"))
     assert logged(resumed, "loss") == pytest.approx(logged(one, "loss"), rel=1e-5)
     assert distance(resumed, one) < 1e-5
 
@@ -129,7 +129,7 @@ def test_a_run_resumes_on_another_number_of_processes(run, trainer):
 def test_what_cannot_be_exact_or_read_is_one_error_that_ends_all(
     trainer, options, message, tiny_model, preference_data, tmp_path
 ):
-    words = [tiny_model, preference_data, tmp_path, json.dumps({"trainer": trainer, **options})]
+    words = [tiny_model, preference_data, tmp_path, json.dumps({"trainers": [trainer], **options})]
     finished = launch(WORKERS / "preference.py", words, 2, timeout_s=90)
     assert finished.status != 0
     assert finished.output.count(message) == 1

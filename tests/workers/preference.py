@@ -1,7 +1,7 @@
 """
-Train on preferences by plain TRL or by ours, and write down what is logged and the weights.
+Train on preferences by plain TRL or by ours, one trainer after the other, and write down what is logged and the weights.
 
-    preference.py MODEL DATA OUT '{"trainer": "dpo", "plain": true, "args": arguments, "plugin": {...}}'
+    preference.py MODEL DATA OUT '{"trainers": ["dpo"], "plain": true, "args": arguments, "plugin": {...}}'
 """
 
 import json
@@ -91,18 +91,21 @@ def train(which: str, model_folder: str, data: str, out: Path, options: dict):
     if "provoke" in options:
         trainer.add_callback(Provoke(**options["provoke"]))
     trainer.before = trainer.evaluate() if options.get("evaluate") else {}
-    trainer.train(resume_from_checkpoint=options.get("resume"))
+    resume = options.get("resume")
+    trainer.train(resume_from_checkpoint=resume and resume.format(trainer=which))
     return trainer
 
 
 def main(model: str, data: str, out: str, options: dict) -> None:
-    out = Path(out)
-    trainer = train(options["trainer"], model, data, out, options)
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    save_file(weights, out / f"weights{PartialState().process_index}.safetensors")
-    decisions = [] if options.get("plain") else trainer.decisions()
-    seen = {"log": trainer.state.log_history, "before": trainer.before, "decisions": decisions}
-    (out / f"result{PartialState().process_index}.json").write_text(json.dumps(seen))
+    for which in options["trainers"]:
+        folder = Path(out) / which
+        folder.mkdir(exist_ok=True)
+        trainer = train(which, model, data, folder, options)
+        weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        save_file(weights, folder / f"weights{PartialState().process_index}.safetensors")
+        decisions = [] if options.get("plain") else trainer.decisions()
+        seen = {"log": trainer.state.log_history, "before": trainer.before, "decisions": decisions}
+        (folder / f"result{PartialState().process_index}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
