@@ -108,6 +108,14 @@ def test_the_evaluation_does_not_depend_on_the_processes(run, trainer):
         assert result(one)["before"][name] == pytest.approx(result(two)["before"][name], rel=1e-5)
 
 
+@pytest.mark.parametrize("trainer", [trainer for trainer in TRAINERS if trainer != "kto"])
+def test_the_evaluation_loss_is_that_of_the_whole_set_as_one_batch(run, trainer):
+    """But for KTO, whose KL divergence is that of each batch."""
+    ours = run(trainer, 2, 1, 2, evaluate=True, args={"per_device_eval_batch_size": 2, "max_steps": 1})
+    plain = run(trainer, 1, 4, 1, evaluate=True, plain=True, args={"per_device_eval_batch_size": 7, "max_steps": 1})
+    assert result(ours)["before"]["eval_loss"] == pytest.approx(result(plain)["before"]["eval_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_resumes_on_another_number_of_processes(run, trainer):
     saving = {"save_strategy": "steps", "save_steps": 3}
