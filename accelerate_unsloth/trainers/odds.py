@@ -9,10 +9,16 @@ step of all ranks, the factor is (t_m / T) / (n_m / N). N and T take one all-red
 from ..engines import select  # noqa: F401  # Unsloth comes before trl
 
 # isort: split
+import warnings
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from trl.experimental import cpo, orpo
+from trl.import_utils import TRLExperimentalWarning
+
+with warnings.catch_warnings():  # enable_multi_gpu() imports them for scripts that use neither
+    warnings.simplefilter("ignore", TRLExperimentalWarning)
+    from trl.experimental import cpo, orpo
 
 from ..data.lengths import lengths_of
 from ..data.prepare import map_once
@@ -110,7 +116,7 @@ class _OddsMixin(DistributedTrainerMixin):
 
 class ORPOTrainer(_OddsMixin, *engine_bases(orpo.ORPOTrainer)):
     """
-    `trl.experimental.orpo.ORPOTrainer` that gives the same loss curve on one process and on N.
+    `trl.experimental.orpo.ORPOTrainer` that gives the same loss curve on one process and on N. TRL may still change it.
 
     Args:
         args (`Any`), kwargs (`Any`):
@@ -135,7 +141,7 @@ class ORPOTrainer(_OddsMixin, *engine_bases(orpo.ORPOTrainer)):
 
 class CPOTrainer(_OddsMixin, *engine_bases(cpo.CPOTrainer)):
     """
-    `trl.experimental.cpo.CPOTrainer` that gives the same loss curve on one process and on N.
+    `trl.experimental.cpo.CPOTrainer` that gives the same loss curve on one process and on N. TRL may still change it.
 
     Args:
         args (`Any`), kwargs (`Any`):

@@ -373,6 +373,12 @@ def test_preference_trainers_are_ours_wherever_a_script_takes_them_from():
     assert not any(getattr(trl, name) is getattr(accelerate_unsloth, name) for name in taken)
 
 
+def test_a_script_is_not_warned_of_trainers_that_it_does_not_use():
+    finished = run("import accelerate_unsloth as a; a.enable_multi_gpu(); print('done')")
+    assert finished.stdout.endswith("done\n"), finished.stderr
+    assert "Experimental" not in finished.stderr
+
+
 def test_the_call_costs_nothing_before_it_is_made():
     finished = run("import sys, accelerate_unsloth as a; a.enable_multi_gpu; print('torch' in sys.modules)")
     assert finished.stdout.strip() == "False", finished.stderr
