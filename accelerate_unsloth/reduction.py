@@ -264,6 +264,13 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
                 tensor.copy_(values.view_as(tensor))
 
 
+def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
+    """Add up a small tensor of all ranks, in place, where there are several; all ranks come here together."""
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals
+
+
 def are_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> bool:
     """Return whether a loss and gradients, of which there may be none, are all finite."""
     return bool(_all_finite(loss, gradients))

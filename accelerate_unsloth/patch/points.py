@@ -57,7 +57,7 @@ def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch])
             patch(home, trainer.__name__, trainer)
         wrap = _sft_init if trainer is SFTTrainer else _init_with_plugin
         patch(trainer, "__init__", wrap(trainer.__init__, plugin))
-    if UnslothTrainer.__mro__[1] is not SFTTrainer:  # Unsloth's own
+    if not issubclass(UnslothTrainer, SFTTrainer):  # Unsloth's own
         patch(UnslothTrainer, "__init__", _init_with_plugin(UnslothTrainer.__init__, plugin))
     patch(TrainingArguments, "__post_init__", _arguments_post_init(options, on_cpu))
     if options["enable_gradient_checkpointing"] is not None:

@@ -194,3 +194,26 @@ class LossAdapter:
             values, self.balance.values = self.balance.values, []
             means["aux_loss"] = sum(values) / len(values)
         return means
+
+
+class SampleAdapter(LossAdapter):
+    """
+    Adapter of a trainer whose loss is a mean over samples, in rows that are padded.
+
+    Raises:
+        ValueError: for a mixture of experts that trains its balancing loss.
+    """
+
+    padded = True
+
+    def __init__(self, trainer):
+        super().__init__(trainer)
+        self.choice = loss_policy.LossChoice(False, "of all ranks and micro-batches")
+        if self.balance is not None:
+            raise ValueError(
+                "The load-balancing loss of the experts does not add up over micro-batches in this trainer. Set "
+                "router_aux_loss_coef=0.0."
+            )
+
+    def length(self, sample: int) -> int:
+        return int(self.trainer._train_lengths[sample]) if self.trainer._train_lengths is not None else 0

@@ -11,15 +11,14 @@ from ..engines import select  # noqa: F401  # Unsloth comes before trl
 # isort: split
 import numpy as np
 import torch
-import torch.distributed as dist
 import trl
 from trl import KTOConfig
 from trl.trainer.utils import use_adapter
 
 from ..data.lengths import lengths_of
 from ..patches import patched
-from ..policies.loss import LossChoice
-from .adapter import LossAdapter
+from ..reduction import sum_over_ranks
+from .adapter import SampleAdapter
 from .loss import MetricBook
 from .mixin import DistributedTrainerMixin
 from .reference import engine_bases
@@ -29,22 +28,12 @@ _OF_CHOSEN = ("rewards/chosen", "logps/chosen", "logits/chosen")
 _OF_REJECTED = ("rewards/rejected", "logps/rejected", "logits/rejected")
 
 
-class KTOAdapter(LossAdapter):
+class KTOAdapter(SampleAdapter):
     """Adapter of TRL's KTOTrainer, whose loss is a mean over answers."""
 
     unit = "answers"
     metrics = ("kl", "entropy", *_OF_CHOSEN, *_OF_REJECTED)
-    padded = True
-
-    def __init__(self, trainer):
-        super().__init__(trainer)
-        self.choice = LossChoice(False, "of all ranks and micro-batches")
-        self.kl: float | None = None  # of the step
-        if self.balance is not None:
-            raise ValueError(
-                "The load-balancing loss of the experts does not add up over micro-batches under KTO. Set "
-                "router_aux_loss_coef=0.0."
-            )
+    kl: float | None = None  # of the step
 
     def items(self, inputs) -> int:
         return len(inputs["label"])
@@ -67,9 +56,8 @@ class KTOAdapter(LossAdapter):
         for batch in step.micro_batches:
             divergence = self.trainer.divergence(self.trainer._prepare_inputs(dict(batch.inputs)))
             totals += torch.stack([divergence.double().sum(), totals.new_tensor(len(divergence))])
-        if dist.is_initialized():
-            dist.all_reduce(totals)
-        self.kl = float(totals[0] / totals[1].clamp(min=1.0))
+        divergences, rows = sum_over_ranks(totals)
+        self.kl = float(divergences / rows.clamp(min=1.0))
 
     def end_step(self) -> None:
         super().end_step()

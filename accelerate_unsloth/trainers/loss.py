@@ -14,6 +14,7 @@ import trl
 from transformers import Trainer
 
 from ..patches import patched
+from ..reduction import sum_over_ranks
 
 _COLLECTIVES = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
 
@@ -89,10 +90,9 @@ class MetricBook:
         """Return the metrics of all ranks, and begin anew; all ranks come here together."""
         totals = torch.tensor([*self._sums.values(), *self._items.values()], dtype=torch.float64, device=device)
         largest = torch.tensor([*self._largest.values()], dtype=torch.float64, device=device)
-        if dist.is_initialized():
-            dist.all_reduce(totals)
-            if self._extremes:
-                dist.all_reduce(largest, dist.ReduceOp.MAX)
+        sum_over_ranks(totals)
+        if self._extremes and dist.is_initialized():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         sums, items = totals.tolist()[: len(self._names)], totals.tolist()[len(self._names) :]
         found = {name: total / count for name, total, count in zip(self._names, sums, items, strict=True) if count}
         for (name, kind), value in zip(self._extremes.items(), largest.tolist(), strict=True):

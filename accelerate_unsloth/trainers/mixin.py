@@ -22,7 +22,7 @@ from ..data.lengths import count_different
 from ..data.loader import MicroBatch, MicroStep
 from ..data.prepare import check_has_labels, check_not_empty, prepare_once
 from ..launch.topology import topology
-from ..patches import PatchLog
+from ..patches import patched
 from ..plugin import UnslothPlugin
 from ..policies import attention
 from ..policies.plan import StepPlan
@@ -40,7 +40,7 @@ from .guards import Guards
 from .loading import LoadingMixin
 from .planner import Planner, leaves_memory
 from .reporting import ReportMixin
-from .step import MAX_REPEATABLE_VALUES, Step, StepRunner
+from .step import Step, StepRunner, can_be_repeated
 
 logger = logging.get_logger(__name__)
 
@@ -114,10 +114,6 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         """Switch off what the reduction replaces, and what would restart or split the training of one rank alone."""
         self.token_mean_was_off = self.accelerator.num_processes > 1 and not self.args.average_tokens_across_devices
         self.args.average_tokens_across_devices = self.args.auto_find_batch_size = False
-        if self.accelerator.num_processes > 1:
-            # Device placement and mixed precision as always, but no DDP around the model.
-            unwrapped = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
-            PatchLog().patch(self.accelerator, "prepare_model", unwrapped)
         padding_free = getattr(self.data_collator, "padding_free", False)
         if padding_free and choice.name == "unsloth" and getattr(self.data_collator, "pad_to_multiple_of", 0) is None:
             self.data_collator.pad_to_multiple_of = _ALIGNED_TOKENS  # its lengths, and so its loss, are as before
@@ -170,7 +166,11 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         return output
 
     def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        # Device placement and mixed precision as always, but no DDP around the model.
+        unwrapped = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        several = self.accelerator.num_processes > 1
+        with patched(self.accelerator, prepare_model=unwrapped) if several else contextlib.nullcontext():
+            prepared = super()._prepare_for_training(*args, **kwargs)
         self._reducer = make_reducer(self.model.parameters(), self.accelerator.num_processes)
         self._reducer.broadcast_parameters()
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
@@ -204,7 +204,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
             self._train_lengths,
             self._undo_after_training,
             noisy=bool(getattr(self.args, "neftune_noise_alpha", None)),
-            can_fall_back=sum(p.numel() for p in self.model.parameters() if p.requires_grad) <= MAX_REPEATABLE_VALUES,
+            can_fall_back=can_be_repeated(self.model.parameters()),
             keep_because=why if needs_activations else "",
         )
         self._planner.probe(self._fits)

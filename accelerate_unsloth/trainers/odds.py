@@ -13,7 +13,6 @@ import warnings
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from trl.import_utils import TRLExperimentalWarning
 
 with warnings.catch_warnings():  # enable_multi_gpu() imports them for scripts that use neither
@@ -22,6 +21,7 @@ with warnings.catch_warnings():  # enable_multi_gpu() imports them for scripts t
 
 from ..data.lengths import lengths_of
 from ..data.prepare import map_once
+from ..reduction import sum_over_ranks
 from .checks import check_pair_columns
 from .mixin import DistributedTrainerMixin
 from .preference import PairAdapter
@@ -68,9 +68,7 @@ class OddsAdapter(PairAdapter):
         super().begin_step(step)
         counts = [step.items.item(), sum(self.nll_tokens(batch.inputs) for batch in step.micro_batches)]
         totals = torch.tensor(counts, dtype=torch.float64, device=step.items.device)
-        if dist.is_initialized():
-            dist.all_reduce(totals)
-        pairs, tokens = totals.tolist()
+        pairs, tokens = sum_over_ranks(totals).tolist()
         self._pairs_per_token = pairs / max(1.0, tokens)
 
     def learn(self, inputs, items: int, step: Step) -> torch.Tensor:

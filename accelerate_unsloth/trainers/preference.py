@@ -14,27 +14,16 @@ from trl import DPOConfig, RewardConfig
 
 from ..data.lengths import lengths_of
 from ..launch.topology import topology
-from ..policies.loss import LossChoice
-from .adapter import LossAdapter
+from .adapter import SampleAdapter
 from .checks import check_pair_columns
 from .mixin import DistributedTrainerMixin
 from .reference import engine_bases
 
 
-class PairAdapter(LossAdapter):
+class PairAdapter(SampleAdapter):
     """Adapter of a trainer whose loss is a mean over pairs, which its collator lays out as all chosen, then all rejected."""
 
     unit = "pairs"
-    padded = True
-
-    def __init__(self, trainer):
-        super().__init__(trainer)
-        self.choice = LossChoice(False, "of all ranks and micro-batches")
-        if self.balance is not None:
-            raise ValueError(
-                "The load-balancing loss of the experts does not add up over micro-batches in this trainer. Set "
-                "router_aux_loss_coef=0.0."
-            )
 
     def items(self, inputs) -> int:
         return len(inputs["input_ids"]) // 2
@@ -46,9 +35,6 @@ class PairAdapter(LossAdapter):
         rows = np.maximum(chosen, rejected) + (0 if prompts is None else prompts)
         longest = self.trainer.args.max_length
         return 2 * (rows if longest is None else np.minimum(rows, longest))
-
-    def length(self, sample: int) -> int:
-        return int(self.trainer._train_lengths[sample]) if self.trainer._train_lengths is not None else 0
 
 
 class RewardAdapter(PairAdapter):

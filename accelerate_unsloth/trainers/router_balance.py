@@ -21,9 +21,9 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..patches import PatchLog
+from ..reduction import sum_over_ranks
 
 # Where transformers (5.17) and the code that Unsloth (2026.10.9) generates from it compute the loss, and where the latter
 # scales it by the tokens of a micro-batch.
@@ -166,8 +166,7 @@ class RouterBalance:
                 totals[:-1] += torch.cat([sums.assigned, sums.probability, sums.rows[None]])
         finally:
             self._counted = None
-        if dist.is_initialized():
-            dist.all_reduce(totals)
+        sum_over_ranks(totals)
         assigned, probability = totals[:-2].float().split(self._experts)
         rows, self._items = totals[-2:].float()
         if not rows:

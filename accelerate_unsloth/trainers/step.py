@@ -20,6 +20,11 @@ from ..data.loader import MicroBatch
 MAX_REPEATABLE_VALUES = 2**28
 
 
+def can_be_repeated(parameters: Iterable[torch.nn.Parameter]) -> bool:
+    """Return whether the gradients of these parameters are small enough to repeat a micro-batch that does not fit."""
+    return sum(p.numel() for p in parameters if p.requires_grad) <= MAX_REPEATABLE_VALUES
+
+
 @dataclass
 class Step:
     """
@@ -132,7 +137,7 @@ class StepRunner:
 
     def _learn(self, step: Step, batch: MicroBatch) -> torch.Tensor:
         trainable = [p for p in self._parameters() if p.requires_grad] if batch.samples else []
-        samples = batch.samples if sum(p.numel() for p in trainable) <= MAX_REPEATABLE_VALUES else []
+        samples = batch.samples if can_be_repeated(trainable) else []
         # A backward that breaks off has already added to some gradients.
         kept = [(p, None if p.grad is None else p.grad.clone()) for p in trainable] if samples else []
         try:

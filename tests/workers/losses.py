@@ -21,6 +21,8 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from accelerate_unsloth import DistributedTrainerMixin
+from tests.workers.provoke import limit_memory
+from tests.workers.train import ARGUMENTS
 
 
 def token_losses(logits, labels):
@@ -79,19 +81,7 @@ def train(kind: str, models: str, data: str, out: Path, options: dict) -> dict:
     if not experts:
         model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
     rows = datasets.Dataset.from_json(data, cache_dir=str(out / "json_cache"))
-    settings = {
-        "num_train_epochs": 1,
-        "max_length": 128,
-        "learning_rate": 1e-2 if not experts else 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
+    settings = ARGUMENTS | {"max_length": 128, "learning_rate": 1e-2 if not experts else 1e-3}
     if options.get("evaluate"):
         settings |= {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "eval_mean_token_accuracy"}
     bases = (trl.SFTTrainer,) if options.get("plain") else (SFTTrainer,)
@@ -116,16 +106,6 @@ def train(kind: str, models: str, data: str, out: Path, options: dict) -> dict:
     save_file(weights, out / f"{kind}-{PartialState().process_index}.safetensors")
     decisions = {row[0]: row[2] for row in trainer.decisions()} if hasattr(trainer, "decisions") else {}
     return {"log": trainer.state.log_history, "loss": decisions.get("loss")}
-
-
-def limit_memory(model, tokens: int) -> None:
-    """As on a GPU whose memory holds micro-batches of so many tokens, padding included, with gradients."""
-
-    def check(module, args, kwargs):
-        if torch.is_grad_enabled() and kwargs["input_ids"].numel() > tokens:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Simulated above {tokens} tokens")
-
-    model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def main(models: str, data: str, out: str, options: dict) -> None:

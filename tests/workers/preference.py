@@ -22,23 +22,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from accelerate_unsloth.trainers import log_probs  # plain TRL needs it on a CPU too
-from tests.workers.provoke import Provoke
+from tests.workers.provoke import Provoke, limit_memory
+from tests.workers.train import ARGUMENTS
 
 log_probs.install()
 
-ARGUMENTS = {
-    "num_train_epochs": 1,
-    "max_length": 96,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-    "seed": 3,
-}
 CLASSES = {"dpo": "DPO", "reward": "Reward", "orpo": "ORPO", "cpo": "CPO", "kto": "KTO"}
 FURTHER = {"kto": {"train_sampling_strategy": "sequential"}}
 
@@ -57,17 +45,6 @@ def unpaired(row: dict, index: int) -> dict:
     return {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
 
 
-def limit_memory(model, tokens: int) -> None:
-    """As on a GPU whose memory holds micro-batches of so many tokens, padding included, with gradients."""
-
-    def check(module, args, kwargs):
-        ids = args[0] if args else kwargs["input_ids"]
-        if torch.is_grad_enabled() and ids.numel() > tokens:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Simulated above {tokens} tokens")
-
-    model.register_forward_pre_hook(check, with_kwargs=True)
-
-
 def train(which: str, model_folder: str, data: str, out: Path, options: dict):
     home = accelerate_unsloth
     if options.get("plain"):
@@ -80,7 +57,9 @@ def train(which: str, model_folder: str, data: str, out: Path, options: dict):
     plugin = {} if options.get("plain") else {"plugin": UnslothPlugin(report=False, **options.get("plugin", {}))}
     trainer = trainer_class(
         model=model,
-        args=config_class(str(out / "run"), **ARGUMENTS | FURTHER.get(which, {}) | options.get("args", {})),
+        args=config_class(
+            str(out / "run"), **ARGUMENTS | {"max_length": 96} | FURTHER.get(which, {}) | options.get("args", {})
+        ),
         train_dataset=rows.remove_columns(options.get("without", [])),
         eval_dataset=rows.select(range(7)) if options.get("evaluate") else None,
         processing_class=tokenizer,

@@ -13,6 +13,17 @@ from transformers import TrainerCallback
 from accelerate_unsloth.reliability import failures
 
 
+def limit_memory(model, tokens: int) -> None:
+    """As on a GPU whose memory holds micro-batches of so many tokens, padding included, with gradients."""
+
+    def check(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        if torch.is_grad_enabled() and ids.numel() > tokens:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Simulated above {tokens} tokens")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
 class Provoke(TrainerCallback):
     def __init__(self, what: str, step: int, rank: int = 1, always: bool = False):
         self.always = always
