@@ -9,9 +9,10 @@ from ..patches import patch_log
 from ..reliability import rank0_writes
 from ..reporting.verbosity import muted_prints
 from . import checks
+from .garbage import frozen_import
 
 try:
-    with muted_prints():
+    with muted_prints(), frozen_import():
         import unsloth
 except Exception as error:
     raise ImportError(

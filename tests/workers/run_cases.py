@@ -114,6 +114,7 @@ def clean_up(settings: dict[str, str] | None) -> float:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # or sizes that differ between the models of cases would be taken for dynamic
     gc.collect()
+    gc.freeze()  # or each of Unsloth's many collections visits all that earlier cases imported
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return 0.0
     torch.cuda.empty_cache()
