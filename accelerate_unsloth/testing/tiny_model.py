@@ -5,6 +5,7 @@ Models with random weights, their tokenizers, and data of very uneven lengths, m
 """
 
 import json
+import math
 import random
 import sys
 import sysconfig
@@ -147,6 +148,42 @@ def make_data(file: Path, samples: int, mean_log: float = 6.9, spread_log: float
         length = max(16, int(generator.lognormvariate(mean_log, spread_log)))
         start = generator.randrange(max(1, len(source) - length))
         rows.append({"text": source[start : start + length]})
+    return _write_rows(file, rows)
+
+
+def make_answers(
+    file: Path, samples: int, mean_log: float = 6.9, spread_log: float = 1.0, seed: int = 0, paired: bool = True
+) -> Path:
+    """
+    Write prompts with answers, pieces of the standard library: a third of the characters of [`make_data`] are the prompt's.
+
+    Args:
+        file (`Path`): A JSON Lines file with the columns `prompt`, `chosen` and `rejected`.
+        samples (`int`): Number of rows.
+        mean_log (`float`), spread_log (`float`): Of the logarithm of the characters of a prompt with an answer.
+        seed (`int`): Seed.
+        paired (`bool`): `False` writes `prompt`, `completion` and `label` instead, two of three with a good label.
+    """
+    generator, source, rows = random.Random(seed), standard_library(8_000_000), []
+    longest_prompt = int(math.exp(mean_log))  # so that no prompt fills a row alone
+
+    def piece(length: float) -> str:
+        start = generator.randrange(len(source) // 2)
+        return source[start : start + max(8, int(length))]
+
+    def answer(length: float) -> str:
+        return piece(length).lstrip() or "pass"
+
+    for _ in range(samples):
+        length = generator.lognormvariate(mean_log, spread_log)
+        # A line break ends the prompt, so that no token is part of both.
+        row = {"prompt": piece(min(length / 3, longest_prompt)).rstrip() + "\n"}
+        if paired:
+            other = length * generator.lognormvariate(0.0, spread_log / 2)
+            row |= {"chosen": answer(length * 2 / 3), "rejected": answer(other * 2 / 3)}
+        else:
+            row |= {"completion": answer(length * 2 / 3), "label": generator.random() < 2 / 3}
+        rows.append(row)
     return _write_rows(file, rows)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,9 @@ ABLATIONS = {
     "with Unsloth's checkpointing": ({"ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING": "unsloth"}, ()),
 }
 
+_EXCEPTION = re.compile(r"(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
+_OF_LAUNCHER = re.compile(r"[\w.]*(?:ChildFailedError|CalledProcessError)")
+
 # By what a policy is called in the decisions that a run writes down.
 _VARIABLES = {"checkpointing": "ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING"}
 
@@ -47,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Workload:
-    """What every run of a benchmark trains: a model's folder on a JSON Lines file with a `text` column."""
+    """What every run of a benchmark trains: a model's folder on a JSON Lines file with the columns of its trainer."""
 
     model: str
     data: str
@@ -57,6 +61,7 @@ class Workload:
     load_in_4bit: bool = True
     optim: str = "adamw_8bit"
     cpu: bool = False
+    trainer: str = "sft"  # or "dpo", "kto", "orpo"
 
 
 def plan(
@@ -102,7 +107,7 @@ def measure(run: Run, work: Workload, out: Path, timeout_s: int = 3600) -> dict:
     Launch one run in the new folder `out`.
 
     Returns:
-        `dict`: see [`figures`]; with `"error"` and the end of the output if it failed.
+        `dict`: see [`figures`]; with the status as `"error"`, its `"reason"` and the end of the output if it failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     options = asdict(work) | {"batch": run.batch, "lora": run.lora}
@@ -121,12 +126,40 @@ def measure(run: Run, work: Workload, out: Path, timeout_s: int = 3600) -> dict:
     environment |= {"BENCH_LAUNCHED_S": str(time.time()), "UNSLOTH_DISABLE_STATISTICS": "1"}
     with (out / "log.txt").open("w") as log:
         process = launching.start([sys.executable, *launcher, *worker], environment, out, output=log)
-        with _peak_of_family(process.pid) as peak, suppress(subprocess.TimeoutExpired):
-            launching.finish(process, timeout_s)
+        with _peak_of_family(process.pid) as peak:
+            ended = _ends_within(process, timeout_s)
+    result = asdict(run) | {"effective_batch": work.effective_batch}
     if process.returncode != 0:
-        return {"name": run.name, "error": process.returncode, "output": (out / "log.txt").read_text()[-2000:]}
+        output = (out / "log.txt").read_text(errors="replace")
+        reason = last_error(output) if ended else f"no end after {timeout_s} s"
+        return result | {"error": process.returncode, "reason": reason, "output": output[-2000:]}
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(run.processes)]
-    return {"name": run.name, **asdict(run), **figures(ranks), "peak_host_gib": max(peak) / 2**30}
+    return result | figures(ranks) | {"peak_host_gib": max(peak) / 2**30}
+
+
+def _ends_within(process: subprocess.Popen, timeout_s: int) -> bool:
+    try:
+        launching.finish(process, timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def last_error(output: str) -> str:
+    """
+    Return the last line that names an exception, other than a launcher's; the last line if there is none.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.commands.bench.runs import last_error
+    >>> last_error("Traceback:\\n  line 3\\n[rank1]: ValueError: no data\\nx.errors.ChildFailedError: \\nended")
+    'ValueError: no data'
+    ```
+    """
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    found = [match[1] for line in lines if (match := _EXCEPTION.match(line)) and not _OF_LAUNCHER.match(match[1])]
+    return (found or lines or ["no output"])[-1]
 
 
 def figures(ranks: list[dict]) -> dict:

@@ -18,7 +18,7 @@ _PACKAGES = [
     "flash-attn",
 ]
 _HEADINGS = (
-    "run", "tokens/s", "x", "scaling", "end to end s", "start-up s", "imbalance", "GPU GiB", "host GiB", "loss", "attention",
+    "run", "tokens/s", "x", "scaling", "end to end s", "start-up s", "imbalance", "GPU GiB", "host GiB", "loss", "loss diff.", "attention",
 )  # fmt: skip
 
 
@@ -35,16 +35,21 @@ def hardware() -> dict:
 
 
 def print_table(results: list[dict]) -> None:
-    """Print one line a run; `x` compares it with the best plain run of as many processes, scaling with its kind on the fewest."""
+    """
+    Print one line a run, and below why runs failed.
+
+    `x` compares a run with the best plain run of as many processes, scaling with its kind on the fewest.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="accelerate-unsloth bench", title_justify="left", pad_edge=False)
     for heading in _HEADINGS:
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for result in results:
         if "error" in result:
-            table.add_row(result["name"], f"failed with status {result['error']}")
+            table.add_row(result["name"], "failed")
             continue
         startup_s = result["end_to_end_s"] - result["phases_s"]["trained"] - result["phases_s"]["saved"]
         table.add_row(
@@ -58,8 +63,10 @@ def print_table(results: list[dict]) -> None:
             _number(max((p for p in result["peak_gib"] if p is not None), default=None), ".1f"),
             _number(result["peak_host_gib"], ".1f"),
             _number(result["losses"][-1] if result["losses"] else None, ".4f"),
+            _number(loss_difference(result, results), ".0e"),
             result["attention"],
         )
+    table.caption, table.caption_justify = Text("\n".join(failures(results))), "left"
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
 
@@ -75,13 +82,32 @@ def ratio_to_plain(result: dict, results: list[dict]) -> float | None:
     return result["tokens_per_second"] / best if best and result["tokens_per_second"] else None
 
 
+def failures(results: list[dict]) -> list[str]:
+    """Return a sentence about each run that failed."""
+    failed = [result for result in results if "error" in result]
+    return [f"{result['name']}: failed with status {result['error']}: {result['reason']}" for result in failed]
+
+
+def loss_difference(result: dict, results: list[dict]) -> float | None:
+    """Return the largest relative difference of a loss to the first plain run with this effective batch; `None` without one."""
+    plain = [
+        other["losses"]
+        for other in results
+        if (other["how"], other["effective_batch"]) == ("plain", result["effective_batch"]) and "error" not in other
+    ]
+    if not plain or result["how"] == "plain":
+        return None
+    pairs = zip(result["losses"], plain[0], strict=False)
+    return max((abs(loss - of_plain) / max(abs(of_plain), 1e-12) for loss, of_plain in pairs), default=None)
+
+
 def scaling(result: dict, results: list[dict]) -> float | None:
     """Return tokens per second a process, over those of the same kind of run on the fewest processes; `None` for that one."""
     alike = [
         other
         for other in results
         if all(other.get(name) == result[name] for name in ("how", "environment"))
-        and other["tokens_per_second"]
+        and other.get("tokens_per_second")
         and (result["how"] == "ours" or other["batch"] == result["batch"])
     ]
     fewest = min(alike, key=lambda other: other["processes"], default=None)

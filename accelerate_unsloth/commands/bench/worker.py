@@ -11,9 +11,14 @@ import os
 import sys
 import time
 from dataclasses import astuple
+from importlib import import_module
 from pathlib import Path
 
-PHASES = {"launched": float(os.environ["BENCH_LAUNCHED_S"]), "python": time.time()}
+PHASES = {"launched": float(os.environ.get("BENCH_LAUNCHED_S", "nan")), "python": time.time()}
+PREFIXES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO"}
+EXPERIMENTAL = ("orpo",)  # in trl 1.15.0
+# TRL demands it for its KL divergence; its order is then that of the data.
+FURTHER = {"kto": {"train_sampling_strategy": "sequential"}}
 
 
 def stamp(phase: str) -> None:
@@ -21,29 +26,55 @@ def stamp(phase: str) -> None:
 
 
 def load(how: str, model_folder: str, options: dict):
-    """Model, tokenizer, config and trainer classes of one way to fine-tune."""
+    """
+    Model, tokenizer, config and trainer classes of one way to fine-tune.
+
+    Unsloth's notebooks also call `PatchDPOTrainer`, which does nothing any more (unsloth 2026.10.9, `models/dpo.py`).
+    """
     if how == "trl":
         return load_trl(model_folder, options)
     if how == "plain":
-        from unsloth import FastLanguageModel  # isort: skip
-        from trl import SFTConfig, SFTTrainer
+        from unsloth import FastLanguageModel
     else:
-        from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer
+        from accelerate_unsloth import FastLanguageModel
+    classes = trainer_classes(how, options["trainer"])
     stamp("imported")
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_folder, max_seq_length=options["max_length"], load_in_4bit=options["load_in_4bit"]
     )
     stamp("loaded")
     adapters = {"r": 16, "lora_alpha": 16, "random_state": 0} | options.get("lora", {})
-    return FastLanguageModel.get_peft_model(model, **adapters), tokenizer, SFTConfig, SFTTrainer
+    return FastLanguageModel.get_peft_model(model, **adapters), tokenizer, *classes
+
+
+def trainer_classes(how: str, trainer: str) -> tuple[type, type]:
+    """Ours or TRL's config and trainer, which Unsloth has replaced by its own if it was imported."""
+    home = f"trl.experimental.{trainer}" if trainer in EXPERIMENTAL else "trl"
+    module = import_module("accelerate_unsloth" if how == "ours" else home)
+    return tuple(getattr(module, PREFIXES[trainer] + kind) for kind in ("Config", "Trainer"))
+
+
+def tokens_of(row: dict, trainer: str, max_length: int) -> int:
+    """
+    Count the tokens of a prepared sample that are trained on or attended to, without padding.
+
+    A pair is two rows. The rows of DPO and KTO are truncated by their collators, so that is counted here. What the reference
+    and KTO's KL divergence run is not counted.
+    """
+    if trainer == "sft":
+        return len(row["input_ids"])
+    if trainer == "orpo":
+        return len(row["chosen_input_ids"]) + len(row["rejected_input_ids"])
+    answers = ("completion_ids",) if trainer == "kto" else ("chosen_ids", "rejected_ids")
+    return sum(min(max_length, len(row["prompt_ids"]) + len(row[name])) for name in answers)
 
 
 def load_trl(model_folder: str, options: dict):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from trl import SFTConfig, SFTTrainer
 
+    classes = trainer_classes("trl", options["trainer"])
     stamp("imported")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     quantized = {}
@@ -61,7 +92,7 @@ def load_trl(model_folder: str, options: dict):
         model = prepare_model_for_kbit_training(model)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-    return model, AutoTokenizer.from_pretrained(model_folder), SFTConfig, SFTTrainer
+    return model, AutoTokenizer.from_pretrained(model_folder), *classes
 
 
 def attention_of(model) -> str:
@@ -110,7 +141,7 @@ def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -
             self.collate, self.tokens = collate, 0
 
         def __call__(self, rows):
-            self.tokens += sum(len(row["input_ids"]) for row in rows)
+            self.tokens += sum(tokens_of(row, options["trainer"], options["max_length"]) for row in rows)
             return self.collate(rows)
 
         def __getattr__(self, name):
@@ -134,6 +165,7 @@ def main(how: str, model_folder: str, data_file: str, out: str, options: dict) -
         seed=3,
         ddp_find_unused_parameters=False,
         dataset_num_proc=4 if cuda else 1,
+        **FURTHER.get(options["trainer"], {}),
         **options.get("args", {}),
     )
     rows = datasets.Dataset.from_json(data_file, cache_dir=str(Path(out) / "json"))
