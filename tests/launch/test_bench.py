@@ -7,8 +7,9 @@ import sys
 import pytest
 from typer import BadParameter
 
-from accelerate_unsloth.commands.bench import show, work_of
-from accelerate_unsloth.commands.bench.runs import Run, Workload, figures, pinned, plan
+from accelerate_unsloth.commands.bench import make_data, show, work_of
+from accelerate_unsloth.commands.bench.runs import Run, Workload, figures, last_error, measure, pinned, plan
+from accelerate_unsloth.commands.bench.worker import tokens_of
 
 from ..launching import ROOT, clean_environment
 
@@ -96,6 +97,137 @@ def test_an_equal_share_scales_the_effective_batch_with_the_processes():
     assert work_of(Run("a", "ours", 4, 16), work, most_processes=4).effective_batch == 64
     with pytest.raises(BadParameter, match="effective batch 16 is not a multiple of batch 32"):
         work_of(Run("a", "plain", 1, 32), work, most_processes=4)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "row", "tokens"),
+    [
+        ("sft", {"input_ids": [1] * 7}, 7),
+        ("dpo", {"prompt_ids": [1] * 4, "chosen_ids": [1] * 3, "rejected_ids": [1] * 9}, 7 + 10),
+        ("kto", {"prompt_ids": [1] * 4, "completion_ids": [1] * 9, "KL_completion_ids": [1] * 5, "label": True}, 10),
+        ("orpo", {"prompt_input_ids": [1] * 4, "chosen_input_ids": [1] * 7, "rejected_input_ids": [1] * 10}, 17),
+    ],
+)
+def test_tokens_are_those_of_the_truncated_rows(trainer, row, tokens):
+    assert tokens_of(row, trainer, max_length=10) == tokens
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_third_of_the_characters_of_made_answers_is_the_prompts(tmp_path):
+    rows = rows_of(make_data(tmp_path / "pairs.jsonl", "dpo", 500))
+    prompts, chosen, rejected = ([len(row[name]) for row in rows] for name in ("prompt", "chosen", "rejected"))
+    assert 0.25 < sum(prompts) / (sum(prompts) + sum(chosen)) < 0.4
+    assert all(min(lengths) > 0 and max(lengths) > 3 * sum(lengths) / 500 for lengths in (chosen, rejected))
+    assert max(prompts) < 1000
+    assert all(row["prompt"].endswith("\n") and row["chosen"] != row["rejected"] for row in rows)
+    assert rows == rows_of(make_data(tmp_path / "again.jsonl", "dpo", 500))
+
+
+def test_made_answers_of_kto_have_labels_of_both_kinds(tmp_path):
+    rows = rows_of(make_data(tmp_path / "answers.jsonl", "kto", 200))
+    assert all(row.keys() == {"prompt", "completion", "label"} for row in rows)
+    assert 100 < sum(row["label"] for row in rows) < 170
+
+
+def test_the_last_error_is_that_of_a_rank_and_not_of_its_launcher():
+    output = """
+ValueError: handled
+Traceback (most recent call last):
+  File "worker.py", line 1, in <module>
+[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============
+subprocess.CalledProcessError: Command died
+"""
+    assert last_error(output) == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert last_error("one\nSegmentation fault\n") == "Segmentation fault"
+    assert last_error("") == "no output"
+
+
+def test_the_difference_of_losses_is_to_plain_with_the_same_effective_batch():
+    def run(how, losses, effective_batch=8):
+        return {"how": how, "losses": losses, "effective_batch": effective_batch}
+
+    failed = {"how": "plain", "effective_batch": 8, "error": 1}
+    results = [run("plain", [9.0], effective_batch=4), failed, run("plain", [2.0, 1.0])]
+    assert show.loss_difference(run("ours", [2.0, 1.1]), results) == pytest.approx(0.1)
+    assert show.loss_difference(results[2], results) is None
+    assert show.loss_difference(run("ours", [2.0]), [failed]) is None
+
+
+# Plain runs import it as `unsloth`: the reference engine's loaders, and TRL's own trainers.
+STAND_IN = """
+from accelerate_unsloth import FastLanguageModel
+from accelerate_unsloth.trainers import log_probs
+log_probs.install()
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model, tmp_path_factory):
+    """Return the folder and the figures of two epochs of a trainer: a plain run that fails, plain, and ours."""
+    done = {}
+
+    def run(trainer):
+        if trainer not in done:
+            done[trainer] = measure_three(trainer, tiny_model, tmp_path_factory.mktemp(trainer))
+        return done[trainer]
+
+    return run
+
+
+def measure_three(trainer, model, folder):
+    data = make_data(folder / "data.jsonl", trainer, 16, 4.0, 0.8)
+    (folder / "unsloth.py").write_text(STAND_IN)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "unsloth.py").write_text("raise RuntimeError('Unsloth: [no] GPU')")
+    work = Workload(
+        str(model), str(data), 4, 8, 128, load_in_4bit=False, optim="adamw_torch", cpu=True, trainer=trainer
+    )
+    runs = [
+        Run("broken", "plain", 1, 2, path_with(folder / "broken")),
+        Run("plain", "plain", 1, 2, path_with(folder)),
+        Run("ours", "ours", 2, 2),
+    ]
+    return folder, [measure(run, work, folder / run.name, timeout_s=240) for run in runs]
+
+
+def path_with(folder):
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+def counted_tokens(folder, processes):
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+    return sum(rank["ends"][-1][1] for rank in ranks)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "trainer", ["dpo", pytest.param("kto", marks=pytest.mark.slow), pytest.param("orpo", marks=pytest.mark.slow)]
+)
+def test_plain_and_ours_train_on_the_same_preferences(measured, trainer):
+    folder, (_, plain, ours) = measured(trainer)
+    assert "error" not in plain and "error" not in ours, (plain, ours)
+    assert counted_tokens(folder / "ours", 2) == counted_tokens(folder / "plain", 1)
+    assert ours["tokens_per_second"] > 0
+    # KTO and ORPO estimate a part of the loss in each micro-batch of the plain run.
+    tolerance = {"dpo": 1e-5, "kto": 0.1, "orpo": 0.02}[trainer]
+    assert show.loss_difference(ours, [plain, ours]) < tolerance
+    if trainer == "dpo":
+        assert plain["losses"][0] == pytest.approx(0.693147, rel=1e-4)
+
+
+@pytest.mark.launch
+def test_a_run_that_fails_is_in_the_table_with_its_error(measured, capsys):
+    _, results = measured("dpo")
+    assert results[0]["reason"] == "RuntimeError: Unsloth: [no] GPU"
+    show.print_table(results)
+    shown = capsys.readouterr().out
+    assert "broken: failed with status 1: RuntimeError: Unsloth: [no] GPU" in shown
+    assert "ours" in shown
 
 
 @pytest.mark.slow
