@@ -157,7 +157,6 @@ class ChunkedReducer:
         self, loss, num_items, num_tokens, wants_stop=False, ran_out_of_memory=False, check_gradients=True
     ) -> StepTotals:
         missing = [p for p in self._parameters if p.grad is None]
-        present = torch.tensor([p.grad is not None for p in self._parameters])
         finite = _all_finite(loss, [p.grad for p in self._parameters if check_gradients and p.grad is not None])
         # Two totals, two votes, for each rank its items and whether its numbers are not finite, for each parameter its
         # gradients.
@@ -166,10 +165,14 @@ class ChunkedReducer:
         totals, votes, items_by_rank, nonfinite, gradients = header.split(layout)
         totals.copy_(torch.stack([loss.double() * num_items, num_tokens.double()]))
         totals[0].masked_fill_(num_items == 0, 0.0)
-        votes.copy_(torch.tensor([float(wants_stop), float(ran_out_of_memory)]))
         items_by_rank[self._rank] = num_items
         nonfinite[self._rank] = ~finite & (num_items > 0)
-        gradients.copy_(present)
+        # Without waiting for the backward: while it runs on the GPU, the messages are prepared.
+        present = [p.grad is not None for p in self._parameters]
+        flags = torch.tensor([wants_stop, ran_out_of_memory, *present], dtype=header.dtype)
+        flags = flags.to(header.device, non_blocking=True)
+        votes.copy_(flags[:2])
+        gradients.copy_(flags[2:])
         dist.all_reduce(header)
         for parameter in missing:
             parameter.grad = torch.zeros_like(parameter)

@@ -8,8 +8,8 @@ notebooks do; that is read as "save memory if needed". A script that switches it
 
 from dataclasses import dataclass
 
-# Below it a micro-batch takes about as long as its kernel launches: measured for 1B and 8B dims on an H200.
-LAUNCH_BOUND_TOKENS = 4096
+from ..data.packing import LAUNCH_BOUND_TOKENS
+
 _RECOMPUTE = 4 / 3
 
 

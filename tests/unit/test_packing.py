@@ -100,13 +100,21 @@ def test_fixed_sizes_are_balanced(cost):
 @pytest.mark.parametrize(
     ("lengths", "budget", "expected"),
     [
-        # Micro-batches of 60, 60, 50, 40 and 10 tokens go over the ranks and back, from the costliest on.
-        ([60, 50, 40, 30, 20, 10], 60, [[[0], [2], [5]], [[3, 4], [1]]]),
+        # Micro-batches of 60, 60, 50, 40 and 10 tokens, from the costliest on to the rank with the fewest.
+        ([60, 50, 40, 30, 20, 10], 60, [[[0], [1]], [[3, 4], [2], [5]]]),
         ([2, 2, 2, 2], 4, [[[0, 1]], [[2, 3]]]),  # no more of them than the budget requires
     ],
 )
 def test_padded_micro_batches_are_few_and_balanced(lengths, budget, expected):
     assert assign_balanced(range(len(lengths)), lengths, 2, PADDED, token_budget=budget) == expected
+
+
+def test_more_padded_micro_batches_are_formed_where_that_saves_time():
+    """8 rows of 2,000 tokens beside 8 of 8,000: padded to these they would cost four times as much."""
+    lengths = [8000] * 8 + [2000] * 8
+    assert assign_balanced(range(16), lengths, 1, PADDED, token_budget=128_000) == [[list(range(8)), list(range(8, 16))]]
+    short = [20] * 8 + [10] * 8  # takes as long as its kernel launches, however it is padded
+    assert assign_balanced(range(16), short, 1, PADDED, token_budget=128_000) == [[list(range(16))]]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))
