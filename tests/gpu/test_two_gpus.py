@@ -2,6 +2,7 @@
 
 import pytest
 
+from .cases import PREFERENCES
 from .comparing import (
     BF16_ROUNDING,
     CHANGE_OF_WEIGHTS,
@@ -26,7 +27,7 @@ def each(launch, *names):
     "name",
     [
         pytest.param(name, marks=pytest.mark.cases(one=name, two=name), id=name.removeprefix("lora-"))
-        for name in ("lora-16bit", "lora-4bit")
+        for name in ("lora-16bit", "lora-4bit", *PREFERENCES)
     ],
 )
 def test_two_gpus_give_the_losses_gradients_and_weights_of_one(name, outcome, suite):

@@ -112,7 +112,9 @@ def test_padded_micro_batches_are_few_and_balanced(lengths, budget, expected):
 def test_more_padded_micro_batches_are_formed_where_that_saves_time():
     """8 rows of 2,000 tokens beside 8 of 8,000: padded to these they would cost four times as much."""
     lengths = [8000] * 8 + [2000] * 8
-    assert assign_balanced(range(16), lengths, 1, PADDED, token_budget=128_000) == [[list(range(8)), list(range(8, 16))]]
+    assert assign_balanced(range(16), lengths, 1, PADDED, token_budget=128_000) == [
+        [list(range(8)), list(range(8, 16))]
+    ]
     short = [20] * 8 + [10] * 8  # takes as long as its kernel launches, however it is padded
     assert assign_balanced(range(16), short, 1, PADDED, token_budget=128_000) == [[list(range(16))]]
 

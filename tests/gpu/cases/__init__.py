@@ -17,9 +17,24 @@ _FROM_TEN = "two/life/run/checkpoint-10"
 # So that random weights learn more in 20 steps than the losses of steps differ.
 _FAST = {"learning_rate": 1e-3}
 _EXPERTS = _LARGE_STEPS | _FAST | {"router_aux_loss_coef": 0.1}
-# Compiling its blocks for changing lengths took one process 90 s on an H100, and two processes had not ended after 100 s.
-_MOE = {"model": "moe", "compiles_blocks": False}
+# Compiling its modules takes a minute on an H100, because their kernels differ from those of the other cases.
+_MOE = {"model": "moe", "compiles": False}
 _TWO_MICRO_STEPS = {"gradient_accumulation_steps": 2}
+
+
+def _preferences(name: str, **args) -> tuple[str, dict]:
+    """A case such as `dpo-4bit`."""
+    method, bits = name.split("-")
+    options = {
+        "method": method.upper(),
+        "args": {"learning_rate": 3e-4} | args,
+        "load": {"load_in_4bit": bits == "4bit"},
+    }
+    return "training:fine_tune", _LORA | options
+
+
+# The methods that read a reference model read it in 4 bits too.
+PREFERENCES = ("dpo-16bit", "dpo-4bit", "kto-4bit", "orpo-16bit")
 
 CASES: dict[str, dict[str, tuple[str, dict]]] = {
     # Two processes, on two GPUs that nobody else uses.
@@ -30,6 +45,7 @@ CASES: dict[str, dict[str, tuple[str, dict]]] = {
         "explicit": ("scripts:run", {"script": "unsloth_recent.py", "explicit": True}),
         "lora-16bit": ("training:fine_tune", _LORA | {"args": _LARGE_STEPS}),
         "lora-4bit": ("training:fine_tune", _LORA | {"args": _LARGE_STEPS, "load": {"load_in_4bit": True}}),
+        **{name: _preferences(name) for name in PREFERENCES},
         "modules_to_save": ("training:fine_tune", {"lora": {"modules_to_save": ["lm_head"]}, "evaluate": True}),
         "embedding-lora": ("training:fine_tune", {"lora": {"target_modules": _EMBEDDING}, "evaluate": True}),
         "frozen-16bit": ("training:change_a_frozen_weight", {}),
@@ -55,6 +71,7 @@ CASES: dict[str, dict[str, tuple[str, dict]]] = {
             "training:fine_tune",
             _LORA | {"args": _LARGE_STEPS | _TWO_MICRO_STEPS, "load": {"load_in_4bit": True}},
         ),
+        **{name: _preferences(name, **_TWO_MICRO_STEPS) for name in PREFERENCES},
         "life-resumed": ("training:fine_tune", {"args": _CHECKPOINTS | _TWO_MICRO_STEPS, "resume": _FROM_TEN}),
         "moe": ("training:fine_tune", _MOE | {"args": _EXPERTS | _TWO_MICRO_STEPS}),
     },

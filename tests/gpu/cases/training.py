@@ -3,7 +3,7 @@
 import os
 
 import accelerate_unsloth
-from accelerate_unsloth import SFTConfig, SFTTrainer, UnslothPlugin
+from accelerate_unsloth import UnslothPlugin
 
 # isort: split
 import datasets
@@ -14,18 +14,19 @@ from transformers import TrainerCallback
 STEPS = 20
 
 
-def load(case, model="real", loader="FastLanguageModel", load=None, lora=None, compiles_blocks=True):
+def load(case, model="real", loader="FastLanguageModel", load=None, lora=None, compiles=True):
     """The model with its adapters, unless all of it is trained, and its tokenizer."""
-    if not compiles_blocks:  # until the end of the case
-        os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
+    if not compiles:  # until the end of the case
+        os.environ |= {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_COMPILE_DISABLE": "1"}
     loader, load = getattr(accelerate_unsloth, loader), {"load_in_4bit": False, "max_seq_length": 512} | (load or {})
+    load["load_in_4bit"] &= case.on_gpu  # the reference engine has 16 bits and more
     loaded, tokenizer = loader.from_pretrained(case.material(model), **load)
     if not load.get("full_finetuning"):
         loaded = loader.get_peft_model(loaded, **{"r": 8, "random_state": 0} | (lora or {}))
     return loaded, tokenizer
 
 
-def make_trainer(case, model, tokenizer, rows, args=None, plugin=None, callbacks=(), evaluated=None):
+def make_trainer(case, model, tokenizer, rows, args=None, plugin=None, callbacks=(), evaluated=None, method="SFT"):
     arguments = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,  # Unsloth's own default is 2
@@ -40,9 +41,12 @@ def make_trainer(case, model, tokenizer, rows, args=None, plugin=None, callbacks
     }
     if not case.on_gpu:
         arguments |= {"use_cpu": True, "bf16": False}
-    return SFTTrainer(
+    if method == "KTO":  # the only order that it takes
+        arguments["train_sampling_strategy"] = "sequential"
+    trainer_class, config_class = (getattr(accelerate_unsloth, method + kind) for kind in ("Trainer", "Config"))
+    return trainer_class(
         model,
-        SFTConfig(str(case.out / "run"), **arguments | (args or {})),
+        args=config_class(str(case.out / "run"), **arguments | (args or {})),
         train_dataset=rows,
         eval_dataset=evaluated,
         processing_class=tokenizer,
@@ -55,12 +59,32 @@ def rows_of(case, data="uneven"):
     return datasets.Dataset.from_json(case.material(f"{data}.jsonl"), cache_dir=str(case.out / "json_cache"))
 
 
+def preferences_of(case, method):
+    """Pairs whose rejected answer is another row's; for KTO the chosen answers of two pairs, then the rejected one of a third."""
+    rows = list(rows_of(case))
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": rows[number - 1]["completion"]}
+        for number, row in enumerate(rows)
+    ]
+    if method == "KTO":
+        pairs = [
+            {
+                "prompt": pair["prompt"],
+                "completion": pair["chosen" if number % 3 else "rejected"],
+                "label": number % 3 > 0,
+            }
+            for number, pair in enumerate(pairs)
+        ]
+    return datasets.Dataset.from_list(pairs)
+
+
 def describe(trainer) -> dict:
     """What training did, as tests compare it."""
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "losses": [entry["loss"] for entry in steps],
         "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "margins": [entry.get("rewards/margins") for entry in steps],
         "aux_losses": [entry.get("aux_loss") for entry in steps],
         "checkpointing": trainer.plan.checkpointing.mode,
         "checkpointing_reason": trainer.plan.checkpointing.reason,
@@ -77,6 +101,7 @@ def fine_tune(
     measure=False,
     resume=None,
     fill_memory_of_rank=None,
+    method="SFT",
     **how,
 ):
     """
@@ -88,15 +113,16 @@ def fine_tune(
         measure (`bool`): Whether rank 0 writes how each trainable weight changed, to `change.safetensors`.
         resume (`str`): A checkpoint, below the folder of all launches.
         fill_memory_of_rank (`int`): A rank that runs short of GPU memory in the middle.
+        method (`str`): The trainer's name.
         how: What [`load`] takes.
     """
     model, tokenizer = load(case, **how)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()} if measure else {}
     callbacks = [FillMemory()] if fill_memory_of_rank == case.rank else []
-    rows = rows_of(case)
+    rows = rows_of(case) if method == "SFT" else preferences_of(case, method)
     evaluated = rows.select(range(15)) if evaluate else None
-    trainer = make_trainer(case, model, tokenizer, rows, args, plugin, callbacks, evaluated)
+    trainer = make_trainer(case, model, tokenizer, rows, args, plugin, callbacks, evaluated, method)
     eval_losses = [trainer.evaluate()["eval_loss"]] if evaluate else []
     trainer.train(resume_from_checkpoint=str(case.shared / resume) if resume else None)
     if evaluate:
