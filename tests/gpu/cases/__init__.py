@@ -20,17 +20,15 @@ _EXPERTS = _LARGE_STEPS | _FAST | {"router_aux_loss_coef": 0.1}
 # Compiling its modules takes a minute on an H100, because their kernels differ from those of the other cases.
 _MOE = {"model": "moe", "compiles": False}
 _TWO_MICRO_STEPS = {"gradient_accumulation_steps": 2}
+# So that losses of preferences leave their first values, which are the same for all models.
+_VISIBLY = {"learning_rate": 3e-4}
 
 
 def _preferences(name: str, **args) -> tuple[str, dict]:
     """A case such as `dpo-4bit`."""
     method, bits = name.split("-")
-    options = {
-        "method": method.upper(),
-        "args": {"learning_rate": 3e-4} | args,
-        "load": {"load_in_4bit": bits == "4bit"},
-    }
-    return "training:fine_tune", _LORA | options
+    load = {"load_in_4bit": bits == "4bit"}
+    return "training:fine_tune", _LORA | {"method": method.upper(), "load": load, "args": _VISIBLY | args}
 
 
 # The methods that read a reference model read it in 4 bits too.

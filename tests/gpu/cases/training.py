@@ -19,7 +19,7 @@ def load(case, model="real", loader="FastLanguageModel", load=None, lora=None, c
     if not compiles:  # until the end of the case
         os.environ |= {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_COMPILE_DISABLE": "1"}
     loader, load = getattr(accelerate_unsloth, loader), {"load_in_4bit": False, "max_seq_length": 512} | (load or {})
-    load["load_in_4bit"] &= case.on_gpu  # the reference engine has 16 bits and more
+    load["load_in_4bit"] &= case.on_gpu  # which the reference engine rejects
     loaded, tokenizer = loader.from_pretrained(case.material(model), **load)
     if not load.get("full_finetuning"):
         loaded = loader.get_peft_model(loaded, **{"r": 8, "random_state": 0} | (lora or {}))
@@ -60,22 +60,19 @@ def rows_of(case, data="uneven"):
 
 
 def preferences_of(case, method):
-    """Pairs whose rejected answer is another row's; for KTO the chosen answers of two pairs, then the rejected one of a third."""
-    rows = list(rows_of(case))
-    pairs = [
-        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": rows[number - 1]["completion"]}
-        for number, row in enumerate(rows)
-    ]
-    if method == "KTO":
-        pairs = [
-            {
-                "prompt": pair["prompt"],
-                "completion": pair["chosen" if number % 3 else "rejected"],
-                "label": number % 3 > 0,
-            }
-            for number, pair in enumerate(pairs)
-        ]
-    return datasets.Dataset.from_list(pairs)
+    """
+    Pairs whose rejected answer is another row's; for KTO one answer of each, the rejected one of every third.
+
+    Answers begin with a space and prompts do not end with one, because ORPO needs the same tokens of a prompt before both.
+    """
+    rows = rows_of(case)
+    prompts, chosen = [text.rstrip() for text in rows["prompt"]], [f" {text.strip()}" for text in rows["completion"]]
+    rejected = chosen[-1:] + chosen[:-1]
+    if method != "KTO":
+        return datasets.Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
+    labels = [number % 3 > 0 for number in range(len(rows))]
+    answers = [good if label else bad for good, bad, label in zip(chosen, rejected, labels, strict=True)]
+    return datasets.Dataset.from_dict({"prompt": prompts, "completion": answers, "label": labels})
 
 
 def describe(trainer) -> dict:
