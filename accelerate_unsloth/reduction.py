@@ -6,14 +6,11 @@ and gradient g_r on rank r, the reduced gradient is sum_r(n_r * g_r) / sum_r(n_r
 ranks, as one process would have computed it on the whole effective batch.
 
 It runs after the last backward, so nothing that happens inside a forward or backward on one rank alone can break or hang
-the others. The price is that the communication is not hidden behind the backward. Gradients travel in their own dtype: each
-rank gets one part of all ranks' gradients, adds it up in float32, and sends the mean to the others. That is as exact as an
-all-reduce in float32, and half of its bytes where gradients have 16 bits. Messages have at most 32 MiB, and at most three
-exist at a time, so the memory does not grow with the model.
+the others. The price is that the communication is not hidden behind the backward. Gradients travel in float32 chunks of
+64 MiB, two of which exist at a time, so the memory does not grow with the model.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 # Large enough for the full bandwidth of NVLink and PCIe, and small beside any model that is trained as a whole.
-CHUNK_BYTES = 2**25
+CHUNK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -141,15 +138,14 @@ class ChunkedReducer:
 
     Args:
         parameters (`list[torch.nn.Parameter]`): The trainable parameters.
-        chunk_bytes (`int`, *optional*, defaults to 32 MiB): Largest message.
+        chunk_bytes (`int`, *optional*, defaults to 64 MiB): Largest message.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], chunk_bytes: int = CHUNK_BYTES):
-        self._parameters = sorted(parameters, key=lambda p: str(p.dtype))  # a message has one dtype
-        self._chunks = []
-        for dtype, same in itertools.groupby(enumerate(self._parameters), lambda numbered: numbered[1].dtype):
-            numbers, sizes = zip(*((number, p.numel()) for number, p in same), strict=True)
-            self._chunks += _cut(sizes, max(1, chunk_bytes // dtype.itemsize), first=numbers[0])
+        self._parameters = parameters
+        double = any(p.dtype == torch.float64 for p in parameters)
+        self._dtype = torch.float64 if double else torch.float32
+        self._chunks = _cut([p.numel() for p in parameters], max(1, chunk_bytes // self._dtype.itemsize))
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     @torch.no_grad()
@@ -157,95 +153,73 @@ class ChunkedReducer:
         self, loss, num_items, num_tokens, wants_stop=False, ran_out_of_memory=False, check_gradients=True
     ) -> StepTotals:
         missing = [p for p in self._parameters if p.grad is None]
+        present = torch.tensor([p.grad is not None for p in self._parameters])
         finite = _all_finite(loss, [p.grad for p in self._parameters if check_gradients and p.grad is not None])
-        # Two totals, two votes, for each rank its items and whether its numbers are not finite, for each parameter its
-        # gradients.
-        layout = [2, 2, self._world_size, self._world_size, len(self._parameters)]
+        # Three totals, two votes, for each rank whether its numbers are not finite, for each parameter its gradients.
+        layout = [3, 2, self._world_size, len(self._parameters)]
         header = torch.zeros(sum(layout), dtype=torch.float64, device=loss.device)
-        totals, votes, items_by_rank, nonfinite, gradients = header.split(layout)
-        totals.copy_(torch.stack([loss.double() * num_items, num_tokens.double()]))
-        totals[0].masked_fill_(num_items == 0, 0.0)
-        items_by_rank[self._rank] = num_items
-        nonfinite[self._rank] = ~finite & (num_items > 0)
-        # Without waiting for the backward: while it runs on the GPU, the messages are prepared.
-        present = [p.grad is not None for p in self._parameters]
-        flags = torch.tensor([wants_stop, ran_out_of_memory, *present], dtype=header.dtype)
-        flags = flags.to(header.device, non_blocking=True)
-        votes.copy_(flags[:2])
-        gradients.copy_(flags[2:])
+        totals, votes, nonfinite, gradients = header.split(layout)
+        totals.copy_(torch.stack([loss.double() * num_items, num_items.double(), num_tokens.double()]))
+        totals[0].masked_fill_(totals[1] == 0, 0.0)
+        votes.copy_(torch.tensor([float(wants_stop), float(ran_out_of_memory)]))
+        nonfinite[self._rank] = ~finite & (totals[1] > 0)
+        gradients.copy_(present)
+        own_items = totals[1].clone()
         dist.all_reduce(header)
+        items = totals[1].clamp(min=1.0)
         for parameter in missing:
             parameter.grad = torch.zeros_like(parameter)
-        self._reduce_gradients(items_by_rank)
+        self._reduce_gradients(own_items, items)
         stop_votes, ranks_out_of_memory, *flags = torch.cat([votes, nonfinite, gradients]).tolist()
         on_no_rank = [count == 0 for count in flags[self._world_size :]]
         for parameter, absent in zip(self._parameters, on_no_rank, strict=True):
             if absent:
                 parameter.grad = None
-        items = items_by_rank.sum()
         return StepTotals(
-            loss=totals[0] / items.clamp(min=1.0),
-            items=items,
-            tokens=totals[1].clone(),
+            loss=totals[0] / items,
+            items=totals[1].clone(),
+            tokens=totals[2].clone(),
             stop_votes=int(stop_votes),
             ranks_out_of_memory=int(ranks_out_of_memory),
             nonfinite_ranks=[rank for rank, flag in enumerate(flags[: self._world_size]) if flag],
         )
 
-    def _reduce_gradients(self, items_by_rank: torch.Tensor) -> None:
-        """Replace each gradient by its mean over all items; while one message is under way, others are made."""
-        for parameter in self._parameters:
-            if not parameter.grad.is_contiguous():
+    def _reduce_gradients(self, own_items: torch.Tensor, items: torch.Tensor) -> None:
+        """Replace each gradient by its mean over `items`; while one chunk travels, the next one is made."""
+        if not all(p.grad.is_contiguous() for p in self._parameters):
+            for parameter in self._parameters:
                 parameter.grad = parameter.grad.contiguous()
-        exchanged = averaged = None
-        for chunk in [*self._chunks, None, None]:
-            sent = chunk and _Message([self._parameters[p.parameter].grad.view(-1)[p.start : p.end] for p in chunk])
-            if exchanged is not None:
-                exchanged.average(items_by_rank)
-            if averaged is not None:
-                averaged.arrive()
-            exchanged, averaged = sent, exchanged
+        flat = [p.grad.view(-1) for p in self._parameters]
+        travelling = None
+        for chunk in self._chunks:
+            slices = [flat[piece.parameter][piece.start : piece.end] for piece in chunk]
+            buffer = torch.empty(sum(map(len, slices)), dtype=self._dtype, device=own_items.device)
+            views = buffer.split([len(piece) for piece in slices])
+            torch._foreach_copy_(list(views), slices)
+            buffer.mul_(own_items)
+            # A rank without items adds nothing, even where its gradient is not a number.
+            buffer.masked_fill_(own_items == 0, 0.0)
+            work = dist.all_reduce(buffer, async_op=True)
+            if travelling is not None:
+                _arrive(*travelling, items)
+            travelling = work, buffer, views, slices
+        if travelling is not None:
+            _arrive(*travelling, items)
 
     def broadcast_parameters(self) -> None:
         broadcast(self._parameters)
 
 
-class _Message:
-    """Some values of one dtype on their way: each rank averages one part of them."""
-
-    def __init__(self, slices: list[torch.Tensor]):
-        """Send each rank its part of this rank's values."""
-        world_size = dist.get_world_size()
-        self._slices, self._sizes = slices, [len(values) for values in slices]
-        part = -(-sum(self._sizes) // world_size)
-        self._own = slices[0].new_zeros(part * world_size)
-        torch._foreach_copy_(self._views(), slices)
-        self._received = self._own.new_empty(world_size, part)
-        self._work = dist.all_to_all_single(self._received.view(-1), self._own, async_op=True)
-
-    def average(self, items_by_rank: torch.Tensor) -> None:
-        """Send this rank's part of the mean, of which every rank has so many items, to all ranks."""
-        self._work.wait()
-        values = self._received.to(torch.promote_types(self._received.dtype, torch.float32))
-        items = items_by_rank.to(values.dtype)
-        values.mul_(items[:, None])
-        # A rank without items adds nothing, even where its gradient is not a number.
-        values.masked_fill_(items[:, None] == 0, 0.0)
-        mean = values.sum(0).div_(items.sum().clamp(min=1.0)).to(self._own.dtype)
-        self._work = dist.all_gather_into_tensor(self._own, mean, async_op=True)
-
-    def arrive(self) -> None:
-        """Write the means into the values."""
-        self._work.wait()
-        torch._foreach_copy_(self._slices, self._views())
-
-    def _views(self) -> list[torch.Tensor]:
-        return list(self._own[: sum(self._sizes)].split(self._sizes))
+def _arrive(work, buffer: torch.Tensor, views, slices: list[torch.Tensor], items: torch.Tensor) -> None:
+    """Wait for a chunk, and write its mean into the gradients that it was made of."""
+    work.wait()
+    buffer.div_(items)
+    torch._foreach_copy_(slices, list(views))
 
 
-def _cut(sizes: Sequence[int], most: int, first: int = 0) -> list[list[_Piece]]:
+def _cut(sizes: list[int], most: int) -> list[list[_Piece]]:
     """
-    Cut parameters of these sizes, one after the other, into chunks of at most `most` values; `first` is their first number.
+    Cut parameters of these sizes, one after the other, into chunks of at most `most` values.
 
     Example:
 
@@ -256,7 +230,7 @@ def _cut(sizes: Sequence[int], most: int, first: int = 0) -> list[list[_Piece]]:
     ```
     """
     chunks, room = [], 0
-    for parameter, size in enumerate(sizes, first):
+    for parameter, size in enumerate(sizes):
         start = 0
         while start < size:
             if not room:
@@ -271,7 +245,7 @@ def _cut(sizes: Sequence[int], most: int, first: int = 0) -> list[list[_Piece]]:
 @torch.no_grad()
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """
-    Give every rank the tensors of rank 0, bit for bit, in chunks of at most 32 MiB of one dtype.
+    Give every rank the tensors of rank 0, bit for bit, in chunks of at most 64 MiB of one dtype.
 
     Args:
         tensors (`Iterable[torch.Tensor]`): In the same order on every rank, on one device.

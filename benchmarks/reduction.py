@@ -47,12 +47,12 @@ def build(size: str, device: torch.device) -> LlamaForCausalLM:
     return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def measure(mode: str, size: str, rows: int, tokens: int, accumulation: int, steps: int, device, chunk_mib=32) -> dict:
+def measure(mode: str, size: str, rows: int, tokens: int, accumulation: int, steps: int, device) -> dict:
     """Return step times in seconds, and a checksum of the weights at the end."""
     model = build(size, device)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if mode == "ddp" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    reducer = ChunkedReducer(list(model.parameters()), chunk_mib * 2**20) if mode == "chunked" else None
+    reducer = ChunkedReducer(list(model.parameters())) if mode == "chunked" else None
     generator = torch.Generator().manual_seed(dist.get_rank())
     items, seconds = torch.tensor(rows * tokens * accumulation, device=device), []
     for _ in range(steps):
@@ -89,7 +89,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--chunk-mib", type=int, nargs="+", default=[32])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -99,15 +98,12 @@ def main() -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     results = []
     for accumulation in options.accumulation:
-        modes = [("none", 0), *2 * [("ddp", 0), *(("chunked", size) for size in options.chunk_mib)]]
-        for mode, chunk_mib in modes:
+        for mode in ("none", "ddp", "chunked", "ddp", "chunked"):
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            case = measure(
-                mode, options.size, options.rows, options.tokens, accumulation, options.steps, device, chunk_mib
-            )
-            results.append({"accumulation": accumulation, "chunk_mib": chunk_mib, **case})
+            case = measure(mode, options.size, options.rows, options.tokens, accumulation, options.steps, device)
+            results.append({"accumulation": accumulation, **case})
             if dist.get_rank() == 0:
                 print(results[-1], flush=True)
                 options.out.write_text(json.dumps({"options": str(vars(options)), "results": results}, indent=1))

@@ -11,8 +11,8 @@ EXPERTS_NOTE = (
     "dense layer as wide as the active experts"
 )
 
-# Three messages of `reduction.CHUNK_BYTES`, which is not imported because it brings PyTorch, sent and received.
-REDUCTION_BYTES = 6 * 2**25
+# Two chunks of `reduction.CHUNK_BYTES`, which is not imported because it brings PyTorch.
+REDUCTION_BYTES = 2 * 2**26
 
 # The items next to activations: each is a field of `Estimate` with the suffix `_gib`.
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "reduction", "workspace", "context")
@@ -26,7 +26,7 @@ class Estimate:
     adapters_gib: float  # in 32 bits
     gradients_gib: float
     optimizer_gib: float
-    reduction_gib: float  # messages of the step's reduction; 0 on one GPU
+    reduction_gib: float  # two chunks of the step's reduction; 0 on one GPU
     workspace_gib: float  # a dequantized weight, and cuBLAS's workspace
     context_gib: float  # CUDA context and Triton's kernels, which PyTorch does not count
     token_kib: float  # activations per token in the layers, without those of the loss
@@ -72,7 +72,7 @@ def estimate(
         adapters_gib=4 * adapters / GIB,
         gradients_gib=4 * adapters / GIB,
         optimizer_gib=state_bytes(optim) * adapters / GIB,
-        reduction_gib=min(2 * 4 * adapters, REDUCTION_BYTES) / GIB if num_gpus > 1 else 0.0,
+        reduction_gib=min(4 * adapters, REDUCTION_BYTES) / GIB if num_gpus > 1 else 0.0,
         workspace_gib=shape.workspace_bytes / GIB,
         context_gib=budget.CONTEXT_GIB,
         token_kib=(working_bytes if checkpointing else working_bytes + shape.kept_bytes) / 1024,

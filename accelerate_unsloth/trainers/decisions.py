@@ -31,11 +31,11 @@ def rows(trainer, engine) -> list[Row]:
 def _reduction(trainer) -> Row:
     if trainer.accelerator.num_processes == 1:
         return "gradient sync", "none", "one process"
-    size_gib = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad) / _GIB
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return (
         "gradient sync",
         "once per step",
-        f"{size_gib:.2f} GiB of gradients, after the backward, added up in float32",
+        f"{4 * trainable / _GIB:.2f} GiB of gradients in float32, after the backward",
     )
 
 

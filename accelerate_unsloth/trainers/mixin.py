@@ -286,7 +286,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         totals = self._reducer.reduce(
             step.loss,
             step.items,
-            torch.full_like(step.items, step.tokens),  # fills without waiting for the backward
+            torch.tensor(step.tokens, device=step.items.device, dtype=torch.float64),
             wants_stop=self._guards.wants_stop,
             ran_out_of_memory=step.failed_tokens > 0,
             check_gradients=self.accelerator.scaler is None,

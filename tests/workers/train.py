@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
 
@@ -119,7 +120,9 @@ def sabotage(how: str | None) -> None:
     from accelerate_unsloth import reduction
 
     if how == "no all-reduce":
-        reduction.ChunkedReducer._reduce_gradients = lambda self, items_by_rank: None
+        reduction.dist = SimpleNamespace(
+            **vars(reduction.dist) | {"all_reduce": lambda *args, **options: SimpleNamespace(wait=lambda: None)}
+        )
     elif how == "mean of rank means":
         reduce = reduction.ChunkedReducer.reduce
         reduction.ChunkedReducer.reduce = lambda self, loss, items, tokens, **options: reduce(
