@@ -6,6 +6,7 @@ much as the longest of its micro-batch. Every rank computes the same assignment,
 """
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,20 +106,22 @@ def pack_padded(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
-    def packed(cap: int) -> list[list[int]]:
-        groups, start = [], 0
-        while start < len(ordered):
-            end = start + max(1, cap // max(1, lengths[ordered[start]]))
-            groups.append(ordered[start:end])
-            start = end
-        return groups
+    sizes = [max(1, lengths[i]) for i in ordered]
 
-    longest = max(1, *lengths) if lengths else 1
-    low, high = longest, longest * max(1, len(lengths))
+    def starts(cap: int) -> list[int]:
+        """Return where each micro-batch begins in the order of descending length."""
+        found, start = [], 0
+        while start < len(sizes):
+            found.append(start)
+            start += max(1, cap // sizes[start])
+        return found
+
+    longest = max(sizes, default=1)
+    low, high = max(longest, sum(sizes) // parts), longest * max(1, len(sizes))
     while low < high:
         cap = (low + high) // 2
-        low, high = (low, cap) if len(packed(cap)) <= parts else (cap + 1, high)
-    return packed(low)
+        low, high = (low, cap) if len(starts(cap)) <= parts else (cap + 1, high)
+    return [ordered[start:end] for start, end in itertools.pairwise([*starts(low), len(sizes)])]
 
 
 def assign_balanced(
@@ -127,9 +130,9 @@ def assign_balanced(
     """
     Assign an effective batch to ranks and micro-batches of nearly equal cost; their numbers of samples may differ.
 
-    `token_budget` is the most tokens of a micro-batch, padding included. As few micro-batches as possible are formed, or more
-    where that saves enough padding. The result is `[rank][micro_batch] -> samples`, without empty micro-batches. A sample above the budget is a
-    `ValueError`.
+    `token_budget` is the most tokens of a micro-batch, padding included. As few micro-batches as possible are formed, or
+    more where that saves enough padding. The result is `[rank][micro_batch] -> samples`, without empty micro-batches. A
+    sample above the budget is a `ValueError`.
 
     Example:
 
@@ -175,26 +178,20 @@ def _assign_padded(samples, lengths, world_size: int, token_budget: int) -> list
     check_fits(samples, lengths, token_budget)  # else no count would be large enough
     count, best = max(1, -(-sum(lengths) // (world_size * token_budget))), None
     while True:
-        groups = pack_padded(lengths, world_size * count)
-        largest = max((len(group) * lengths[group[0]] for group in groups), default=0)
+        groups = sorted(pack_padded(lengths, world_size * count), key=lambda group: -len(group) * lengths[group[0]])
+        tokens = [len(group) * lengths[group[0]] for group in groups]
+        largest = max(tokens, default=0)
         if largest <= token_budget:
-            time, assigned = _assign_groups(groups, lengths, world_size)
-            if best is None or time < best[0]:
-                best = time, assigned
+            times = [max(of_group, LAUNCH_BOUND_TOKENS) for of_group in tokens]
+            # Among ranks with the same time, the one with the fewest tokens comes first.
+            costs = [time + of_group * 2**-30 for time, of_group in zip(times, tokens, strict=True)]
+            assigned = assign_longest_first(costs, world_size)
+            slowest = max(sum(times[i] for i in of_rank) for of_rank in assigned)
+            if best is None or slowest < best[0]:
+                best = slowest, [[[samples[i] for i in groups[number]] for number in of_rank] for of_rank in assigned]
             if largest <= LAUNCH_BOUND_TOKENS or world_size * count >= len(lengths):
-                return [[[samples[i] for i in group] for group in of_rank] for of_rank in best[1]]
+                return best[1]
         count = max(count + 1, count * 5 // 4)
-
-
-def _assign_groups(groups: list[list[int]], lengths, world_size: int) -> tuple[int, list[list[list[int]]]]:
-    """Assign micro-batches to ranks, the costliest first; return the time of the slowest rank, in tokens, and them."""
-    loads, assigned = [(0, 0, rank) for rank in range(world_size)], [[] for _ in range(world_size)]
-    for group in sorted(groups, key=lambda group: -len(group) * lengths[group[0]]):
-        time, tokens, rank = heapq.heappop(loads)
-        of_group = len(group) * lengths[group[0]]
-        heapq.heappush(loads, (time + max(of_group, LAUNCH_BOUND_TOKENS), tokens + of_group, rank))
-        assigned[rank].append(group)
-    return max(loads)[0], assigned
 
 
 def check_fits(samples: Sequence[int], lengths: Sequence[int], token_budget: int) -> None:
