@@ -15,7 +15,6 @@ from importlib import import_module
 from pathlib import Path
 
 PHASES = {"launched": float(os.environ.get("BENCH_LAUNCHED_S", "nan")), "python": time.time()}
-PREFIXES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO"}
 EXPERIMENTAL = ("orpo",)  # in trl 1.15.0
 # TRL demands it for its KL divergence; its order is then that of the data.
 FURTHER = {"kto": {"train_sampling_strategy": "sequential"}}
@@ -51,7 +50,7 @@ def trainer_classes(how: str, trainer: str) -> tuple[type, type]:
     """Ours or TRL's config and trainer, which Unsloth has replaced by its own if it was imported."""
     home = f"trl.experimental.{trainer}" if trainer in EXPERIMENTAL else "trl"
     module = import_module("accelerate_unsloth" if how == "ours" else home)
-    return tuple(getattr(module, PREFIXES[trainer] + kind) for kind in ("Config", "Trainer"))
+    return tuple(getattr(module, trainer.upper() + kind) for kind in ("Config", "Trainer"))
 
 
 def tokens_of(row: dict, trainer: str, max_length: int) -> int:
