@@ -154,8 +154,11 @@ def test_the_command_notices_ranks_that_do_not_meet(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if 'RANK' in os.environ:\n"
+        "    from types import SimpleNamespace\n"
         "    from accelerate_unsloth import reduction\n"
-        "    reduction.dist = type('Broken', (), {**vars(reduction.dist), 'all_reduce': staticmethod(lambda _: None)})\n"
+        "    sent = SimpleNamespace(wait=lambda: None)\n"
+        "    all_reduce = lambda *args, **options: sent\n"
+        "    reduction.dist = SimpleNamespace(**vars(reduction.dist) | {'all_reduce': all_reduce})\n"
     )
     done = command(CLI, tmp_path, {"PYTHONPATH": f"{ROOT}:{tmp_path}"})
     assert done.returncode == 1, done.stdout + done.stderr
