@@ -63,7 +63,7 @@ def fine_tune(
         loaded, tokenizer = training.load(
             case,
             model,
-            load={"load_in_4bit": case.on_gpu, "max_seq_length": 2048},
+            load={"load_in_4bit": True, "max_seq_length": 2048},
             lora={"r": 16, "use_gradient_checkpointing": "unsloth"},
         )
         if cap_gib and case.on_gpu:
