@@ -71,8 +71,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # Without a handler the signal would end the process; the thread below sees it.
-        handlers = {number: signal.signal(number, lambda number, frame: None) for number in _SIGNALS}
+        handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -87,12 +86,18 @@ class StopRequest:
                 signal.signal(number, handler)
             os.close(writer)  # ends the thread
 
+    def _note(self, number: int, frame=None) -> None:
+        """Keep the first signal. The handler does it before the main thread goes on, the thread while that is blocked."""
+        if self.signal is None:
+            self.signal = number
+
     def _read_signals(self, reader: int) -> None:
         while number := os.read(reader, 1):
             if number[0] not in _SIGNALS:
                 continue
-            if self.signal is None:
-                self.signal, self._first_at_s = number[0], time.monotonic()
+            self._note(number[0])
+            if not self._first_at_s:
+                self._first_at_s = time.monotonic()
                 threading.Thread(target=self._enforce_deadline, daemon=True).start()
             elif time.monotonic() - self._first_at_s > _REPEAT_S:
                 self._exit()

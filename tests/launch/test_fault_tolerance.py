@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accelerate_unsloth.reliability import checkpoints
+from accelerate_unsloth.reliability import checkpoints, stop_signals
 
 from ..launching import WORKERS, finish, launch, result
 from ..launching import start as spawn
@@ -130,6 +131,15 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(real_launcher, tiny_mod
     assert "Stopped by a signal at step 4 of 12" in (tmp_path / "run" / "training_report.html").read_text()
     assert re.search(rf"exitcode\s*: {128 + signal.SIGINT}\b", finished.output)  # what schedulers understand
     assert checkpoints.newest_complete(tmp_path / "run")[0].name == "checkpoint-4"
+
+
+def test_a_signal_counts_from_the_next_line_on(monkeypatch):
+    """The thread that reads signals may be scheduled steps later; ranks would then stop after another step."""
+    monkeypatch.setattr(stop_signals.StopRequest, "_read_signals", lambda self, reader: None)
+    stop = stop_signals.StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
 
 
 ASKED_TWICE = """
