@@ -66,6 +66,12 @@ class UnslothPlugin:
         '`"none"` keeps activations, `"unsloth"` recomputes and offloads them. `"auto"` keeps them where they fit: a script\'s '
         '`use_gradient_checkpointing="unsloth"` or `True` means "save memory if needed", and `False` is obeyed.',
     )
+    frozen_weights: Literal["auto", "replicated", "sharded", "host"] = _option(
+        "auto",
+        'Where the frozen weights of decoder layers live: `"replicated"` on every rank, or once per node in shared memory '
+        '(`"host"`). `"auto"` shares them where copies for all ranks do not fit. The weights are placed when the model is loaded, so set it with '
+        "`ACCELERATE_UNSLOTH_FROZEN_WEIGHTS`.",
+    )
     balance_tokens: bool = _option(
         True, "Assign the samples of a step to ranks by their cost, so that no rank waits for another's long rows."
     )

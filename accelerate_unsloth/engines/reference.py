@@ -14,7 +14,9 @@ from peft import LoraConfig
 from peft import get_peft_model as peft_get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from ..plugin import UnslothPlugin
 from ..reliability import rank0_writes
+from ..weights.loading import placing
 from . import checks
 
 _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -90,7 +92,9 @@ class FastLanguageModel:
         source = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
         options = {name: value for name, value in kwargs.items() if name not in _UNSLOTH_ONLY}
         dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **source, **options)
+        device = checks.this_device()
+        with placing(UnslothPlugin().frozen_weights, on_gpu=device != "cpu", trains_all=full_finetuning):
+            model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **source, **options)
         tokenizer = AutoTokenizer.from_pretrained(model_name, **source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -100,7 +104,7 @@ class FastLanguageModel:
             _set_checkpointing(model, use_gradient_checkpointing)
         _add_saving(model)
         rank0_writes.guard(tokenizer)
-        return model.to(checks.this_device()), tokenizer
+        return model.to(device), tokenizer
 
     @staticmethod
     def get_peft_model(

@@ -19,6 +19,7 @@ from ..data.lengths import lengths_of
 from ..launch.channel import channel
 from ..launch.topology import topology
 from ..reporting.secrets import HIDDEN, is_secret_name, without_secrets
+from ..weights import placed_weights
 from .checksum import bit_sums, kept_buffers
 
 _LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "unsloth", "unsloth_zoo")
@@ -150,14 +151,24 @@ def check_frozen(model) -> None:
     """
     Compare the frozen weights and kept buffers of all ranks, which nothing copies from rank 0.
 
+    What the ranks of a node share is summed by the rank that loaded it, and compared between nodes.
+
     Raises:
         ValueError: with the ranks that differ from rank 0, and the first tensors that differ.
     """
     if topology().world_size == 1:
         return
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad} | kept_buffers(model)
-    sums = channel().gather("frozen weights", bit_sums(frozen))
-    differ = [{name for name in (*sums[0], *of_rank) if of_rank.get(name) != sums[0].get(name)} for of_rank in sums]
+    placed = placed_weights(model)
+    shared = {id(tensor.parameter): tensor.is_own for tensor in placed.shared} if placed else {}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    elsewhere = {name for name, p in frozen.items() if not shared.get(id(p), True)}
+    summed = {name: p for name, p in frozen.items() if name not in elsewhere} | kept_buffers(model)
+    ranks_sums = channel().gather("frozen weights", [bit_sums(summed), sorted(elsewhere)])
+    first = {name: value for sums, _ in reversed(ranks_sums) for name, value in sums.items()}
+    differ = [
+        {name for name in first if name not in not_summed and sums.get(name) != first[name]}
+        for sums, not_summed in ranks_sums
+    ]
     if any(differ):
         ranks = [str(rank) for rank, names in enumerate(differ) if names]
         names = sorted(set().union(*differ))

@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 
 from ..data.prepare import check_not_empty
 from ..launch.process import check_process_count
+from ..weights import placed_weights
 from .adapter import LossAdapter
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -20,6 +21,12 @@ def check_launch(trainer) -> None:
         ValueError: if not.
     """
     check_process_count(trainer.accelerator.num_processes)
+    asked_for, placed = trainer.plugin.frozen_weights, placed_weights(trainer.model)
+    if placed is not None and asked_for not in ("auto", placed.choice.mode):
+        raise ValueError(
+            f"frozen_weights={asked_for!r} comes too late: the weights of the model were placed when it was loaded, and are "
+            f"{placed.choice.mode}. Set the environment variable ACCELERATE_UNSLOTH_FROZEN_WEIGHTS={asked_for} instead."
+        )
     shards = getattr(trainer.args, "context_parallel_size", None) or 1
     if shards > 1:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What was decided for a run, and why: the rows of the start-up table and of the training report."""
 
 from ..reporting.startup_table import Row, versions
+from ..weights import placed_weights
 
 _GIB = 2**30
 
@@ -23,6 +24,7 @@ def rows(trainer, engine) -> list[Row]:
         ("micro-batches", plan.micro_batch.mode, plan.micro_batch.reason),
         ("recompute", plan.checkpointing.mode, plan.checkpointing.reason),
         ("attention", trainer.attention.backend, trainer.attention.reason),
+        *_frozen_weights(trainer),
         _trainable(trainer),
         ("versions", "", ", ".join(f"{name} {number}" for name, number in versions().items())),
     ]
@@ -37,6 +39,11 @@ def _reduction(trainer) -> Row:
         "once per step",
         f"{4 * trainable / _GIB:.2f} GiB of gradients in float32, after the backward",
     )
+
+
+def _frozen_weights(trainer) -> list[Row]:
+    placed = placed_weights(trainer.model)
+    return [("frozen weights", placed.choice.mode, placed.choice.reason)] if placed else []
 
 
 def _trainable(trainer) -> Row:

@@ -54,6 +54,12 @@ POINTS = {
     "transformers:Trainer.floating_point_ops": ["self", "inputs"],
     "transformers:Trainer._track_num_input_tokens": ["self", "inputs"],
     "transformers:TrainingArguments.__post_init__": ["self"],
+    "transformers.modeling_utils:convert_and_load_state_dict_in_model": [
+        "model", "state_dict", "load_config", "disk_offload_index",
+    ],
+    "transformers.core_model_loading:rename_source_key": [
+        "source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict",
+    ],
     "trl.trainer:SFTTrainer.__init__": ["self", "model", "args"],
     "trl.trainer.sft_trainer:SFTTrainer.__init__": ["self", "model", "args"],
     "torch.distributed:rendezvous": ["url"],

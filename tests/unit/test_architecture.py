@@ -18,6 +18,7 @@ LAYERS = [
     "plugin",
     "devices",
     "launch",
+    "weights",
     "data",
     "reporting",
     "reliability",

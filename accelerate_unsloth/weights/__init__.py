@@ -1,0 +1,44 @@
+"""
+Frozen weights of the decoder layers, stored once per node.
+
+With LoRA the base weights do not change, so ranks can share one copy and need no agreement during training. `placement`
+chooses where the layers live, `loading` brings each of them there once per node, `shared_memory` holds them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .placement import PlacementChoice
+
+_ATTRIBUTE = "_accelerate_unsloth_weights"
+
+
+@dataclass(frozen=True)
+class SharedTensor:
+    """A weight of `module` that the ranks of a node share."""
+
+    module: Any  # `torch.nn.Module`
+    name: str  # of the parameter in it
+    is_own: bool  # whether this rank loaded it
+
+    @property
+    def parameter(self):
+        return getattr(self.module, self.name)
+
+
+@dataclass(frozen=True)
+class PlacedWeights:
+    """Where the frozen weights of a loaded model live."""
+
+    choice: PlacementChoice
+    shared: tuple[SharedTensor, ...] = ()
+
+
+def attach(model, placed: PlacedWeights) -> None:
+    """Let [`placed_weights`] tell where the weights of a model live, also of one inside an adapter model."""
+    setattr(model, _ATTRIBUTE, placed)
+
+
+def placed_weights(model) -> PlacedWeights | None:
+    """Return where the frozen weights of a model live; `None` if no engine of this package loaded it."""
+    return getattr(model, _ATTRIBUTE, None)

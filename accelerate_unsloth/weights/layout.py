@@ -1,0 +1,63 @@
+"""The place of a tensor in memory that processes share."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    A parameter, or a part of its quantization state.
+
+    Args:
+        name (`str`): Path in the model.
+        parameter (`str`): Path of the parameter that it belongs to.
+        offset (`int`): In bytes.
+        shape (`tuple[int, ...]`): Its shape.
+        dtype (`str`): Such as `"bfloat16"`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from accelerate_unsloth.weights.layout import Piece
+    >>> Piece("head.weight", "head.weight", 4, (1, 2), "uint8").view(torch.arange(8, dtype=torch.uint8))
+    tensor([[4, 5]], dtype=torch.uint8)
+    ```
+    """
+
+    name: str
+    parameter: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, name: str, parameter: str, offset: int, tensor: torch.Tensor) -> "Piece":
+        return cls(name, parameter, offset, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "Piece":
+        return cls(**entry | {"shape": tuple(entry["shape"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is a part of a quantization state."""
+        return self.name != self.parameter
+
+    @property
+    def is_small(self) -> bool:
+        """Whether every rank holds its own copy: of a quantization state, a bias, the weight of a norm."""
+        return self.is_state or len(self.shape) < 2
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in `memory`, which is of bytes. Autograd takes it for a tensor without relatives."""
+        dtype = getattr(torch, self.dtype)
+        nbytes = math.prod(self.shape) * dtype.itemsize
+        return memory[self.offset : self.offset + nbytes].view(dtype).view(self.shape).data

@@ -1,0 +1,95 @@
+"""
+Where the frozen weights of decoder layers live.
+
+`replicated`: every rank holds all of them. `host`: one copy per node in shared memory. The choice is made by every rank for
+itself, from what is the same on all ranks of a node, so that a script may also load a model on one rank only.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_GIB = 2**30
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+# Part of the machine's memory that copies of the weights may take; libraries, data and activations need the rest.
+_HOST_FRACTION = 0.7
+
+VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choice depends on."""
+
+    layer_bytes: int  # frozen weights of all decoder layers, as loaded
+    other_bytes: int  # embeddings, head and the rest, which every rank holds
+    local_world_size: int
+    host_bytes: int  # memory of this machine, or of the container
+    on_gpu: bool = False
+    cannot_share: str = ""  # why the layers cannot be shared, as one clause
+
+
+@dataclass(frozen=True)
+class PlacementChoice:
+    mode: str  # "replicated" | "host"
+    reason: str  # one clause, shown in the start-up table
+
+
+def resolve(requested: str, facts: Facts) -> PlacementChoice:
+    """
+    Choose where the frozen weights live; `requested` is the plugin's option.
+
+    Raises:
+        ValueError: for a placement that is not possible here.
+        MemoryError: if the memory of the machine does not hold the model, with the arithmetic.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.weights.placement import Facts, resolve
+    >>> resolve("auto", Facts(layer_bytes=30 * 2**30, other_bytes=2**30, local_world_size=4, host_bytes=64 * 2**30)).mode
+    'host'
+    ```
+    """
+    if requested == "replicated":
+        return PlacementChoice("replicated", "asked for")
+    if why := _why_impossible(requested, facts):
+        if requested != "auto":
+            raise ValueError(f"frozen_weights={requested!r} is not possible: {why}. Set {VARIABLE}=replicated.")
+        return PlacementChoice("replicated", why)
+    processes, model_bytes = facts.local_world_size, facts.layer_bytes + facts.other_bytes
+    if requested == "auto" and processes == 1:
+        return PlacementChoice("replicated", "one process on this machine")
+    if requested == "auto" and processes * model_bytes <= _HOST_FRACTION * facts.host_bytes:
+        copies = f"{processes} copies of {_size(model_bytes)} fit the {_size(facts.host_bytes)} of this machine"
+        return PlacementChoice("replicated", copies)
+    needed = facts.layer_bytes + processes * facts.other_bytes
+    if needed > facts.host_bytes:
+        raise MemoryError(
+            f"The model does not fit this machine: {_size(facts.layer_bytes)} of decoder layers once and {processes} x "
+            f"{_size(facts.other_bytes)} of other weights are {_size(needed)}, and the machine has "
+            f"{_size(facts.host_bytes)}. Use a smaller model or type, fewer processes, or a machine with more memory."
+        )
+    shared = f"one copy of {_size(facts.layer_bytes)} of decoder layers for all processes of this machine"
+    return PlacementChoice("host", shared if requested == "auto" else f"asked for; {shared}")
+
+
+def _why_impossible(requested: str, facts: Facts) -> str:
+    if facts.on_gpu:
+        return "on GPUs every rank holds its own copy of the weights"
+    if requested == "sharded":
+        return "it keeps layers in the memory of GPUs, and this launch uses the CPU, where 'host' shares them"
+    return facts.cannot_share
+
+
+def host_bytes() -> int:
+    """Return the memory of this machine, or the limit of the container."""
+    total = psutil.virtual_memory().total
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / _GIB:.1f} GiB" if nbytes >= _GIB else f"{nbytes / 2**20:.1f} MiB"

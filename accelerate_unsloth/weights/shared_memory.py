@@ -1,0 +1,94 @@
+"""
+Memory that the processes of a node share: anonymous, so that it is gone with the last process that maps it.
+
+It needs no space in /dev/shm, of which containers have 64 MiB by default. Other processes of the same user open it through
+/proc. Linux only.
+"""
+
+import mmap
+import os
+import secrets
+from typing import Any
+
+import torch
+
+_ALIGNMENT = 256  # of each tensor, in bytes, for kernels that load many values at a time
+_LARGEST_WRITE = 2**30  # Linux writes 2 GiB at most at once
+
+
+class SharedMemory:
+    """
+    Memory of this process that grows with what is appended, and that others can map.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from accelerate_unsloth.weights.shared_memory import SharedMemory, mapped
+    >>> with SharedMemory() as memory:
+    ...     offset = memory.append(torch.tensor([1.0, 2.0]))
+    ...     seen = mapped(memory.address())
+    >>> seen[offset : offset + 8].view(torch.float32)
+    tensor([1., 2.])
+    ```
+    """
+
+    def __init__(self):
+        self._name = f"accelerate_unsloth-{secrets.token_hex(8)}"
+        self._descriptor = os.memfd_create(self._name)
+        self._nbytes = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        """Close it here. Those who have mapped it keep it."""
+        os.close(self._descriptor)
+
+    def append(self, tensor: torch.Tensor) -> int:
+        """Write a tensor of any type, and return its offset in bytes."""
+        begin = offset = -(-self._nbytes // _ALIGNMENT) * _ALIGNMENT
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # floats might change NaN patterns
+        left = memoryview(flat.numpy())
+        while left:
+            written = os.pwrite(self._descriptor, left[:_LARGEST_WRITE], offset)
+            left, offset = left[written:], offset + written
+        self._nbytes = offset
+        return begin
+
+    def address(self) -> dict[str, Any]:
+        """Return what another process of this node needs to map the memory as it is now."""
+        return {"pid": os.getpid(), "descriptor": self._descriptor, "name": self._name, "nbytes": self._nbytes}
+
+
+def mapped(address: dict[str, Any]) -> torch.Tensor:
+    """
+    Map the memory of a process of this node. What this process writes to it, the others do not see.
+
+    Args:
+        address (`dict`): [`SharedMemory.address`] of a process that has not closed it.
+
+    Returns:
+        `torch.Tensor` of shape `(nbytes,)` and type `uint8`.
+
+    Raises:
+        RuntimeError: if it cannot be opened, as from another container.
+    """
+    if not address["nbytes"]:
+        return torch.empty(0, dtype=torch.uint8)
+    path = f"/proc/{address['pid']}/fd/{address['descriptor']}"
+    try:
+        found = os.readlink(path)
+        if address["name"] not in found:
+            raise OSError(f"{path} is {found}")
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError as error:
+        raise RuntimeError(
+            f"Process {os.getpid()} cannot open the memory of process {address['pid']}, which holds frozen weights ({error}). "
+            "The processes of a node must run as one user and in one container. Else set "
+            "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=replicated."
+        ) from error
+    try:
+        return torch.frombuffer(mmap.mmap(descriptor, address["nbytes"], access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    finally:
+        os.close(descriptor)

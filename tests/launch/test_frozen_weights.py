@@ -1,0 +1,140 @@
+"""Frozen weights of decoder layers, stored once per node: same results, less memory, nothing left behind."""
+
+import contextlib
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from accelerate_unsloth.testing import tiny_model as tiny_model_files
+
+from ..launching import WORKERS, launch, result
+
+pytestmark = pytest.mark.launch
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return tiny_model_files.make_mixture_of_experts(tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory):
+    """520 MB in float32, in a file of bfloat16: pages of a file in the wanted type are shared by all who load it."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "vocab_size": 320}
+    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8)
+    folder = tmp_path_factory.mktemp("large")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_model_files.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(folder, model, data, placement, processes, **options):
+    """Train with `placement`; return what the launch printed."""
+    options["args"] = {"per_device_train_batch_size": 6 // processes} | options.get("args", {})
+    environment = {"HF_HOME": str(folder / "cache"), VARIABLE: placement}
+    arguments = [model, data, folder, json.dumps(options)]
+    return launch(WORKERS / "train.py", arguments, processes, environment=environment)
+
+
+def weights_of(folder, rank=0):
+    return load_file(folder / f"weights{rank}.safetensors")
+
+
+def assert_equal(one: dict, other: dict):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("dense", 3), ("experts", 2), slow("dense", 2), slow("dense", 1)])
+def test_a_shared_copy_trains_as_replicas_do(kind, processes, tiny_model, experts, uneven_data, tmp_path):
+    model = {"dense": tiny_model, "experts": experts}[kind]
+    for placement in ("replicated", "host"):
+        options = {"save": True, "evaluate": True}
+        finished = train(tmp_path / placement, model, uneven_data, placement, processes, **options)
+        assert finished.status == 0, finished.output[-4000:]
+    replicated, shared = tmp_path / "replicated", tmp_path / "host"
+    modes = [row[1] for row in result(shared)["decisions"] if row[0] == "frozen weights"]
+    assert modes == ["host"]
+    assert result(shared)["losses"] == result(replicated)["losses"]
+    assert result(shared)["eval_losses"] == result(replicated)["eval_losses"]
+    for rank in range(processes):
+        assert_equal(weights_of(shared, rank), weights_of(replicated, rank))
+    merged = [load_file(folder / "merged" / "model.safetensors") for folder in (replicated, shared)]
+    assert_equal(*merged)
+
+
+@pytest.mark.parametrize(("placement", "processes"), [("host", 2), slow("replicated", 2), slow("host", 3)])
+def test_the_processes_of_a_node_hold_one_copy(placement, processes, tiny_model, large_model, tmp_path):
+    arguments = [tiny_model, large_model, tmp_path / "memory.json"]
+    script, environment = WORKERS / "shared_weights.py", {VARIABLE: placement}
+    # Forked processes share pages with their parent, which are copied one by one while they run.
+    finished = launch(script, arguments, processes, environment=environment, real_launcher=True)
+    assert finished.status == 0, finished.output[-4000:]
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["mode"] == placement
+    assert found["model_bytes"] >= 500e6  # glibc keeps up to 64 MiB of each process
+    copies = found["added_bytes"] / found["model_bytes"]
+    if placement == "host":
+        assert copies <= 1.25
+    else:  # or this model would be shared anyway, as the pages of a file in the wanted type are
+        assert copies >= 1.75
+
+
+def test_nothing_stays_behind_a_killed_rank(tiny_model, uneven_data, tmp_path):
+    before = {*Path("/dev/shm").iterdir()}
+    provoke = {"what": "kill", "step": 1}
+    finished = train(tmp_path, tiny_model, uneven_data, "host", 2, provoke=provoke)
+    assert finished.status != 0
+    assert {*Path("/dev/shm").iterdir()} <= before
+    assert not mapping_processes()
+
+
+def mapping_processes() -> list[str]:
+    """Processes that map or hold memory of ours."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            held = [os.readlink(descriptor) for descriptor in (process / "fd").iterdir()]
+            if "accelerate_unsloth-" in (process / "maps").read_text() + " ".join(held):
+                found.append(process.name)
+    return found
+
+
+def test_a_run_resumes_under_another_placement(tiny_model, uneven_data, tmp_path):
+    whole = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
+    half = whole | {"max_steps": 2}
+    assert train(tmp_path / "whole", tiny_model, uneven_data, "replicated", 2, args=whole).status == 0
+    assert train(tmp_path / "other", tiny_model, uneven_data, "host", 2, args=half).status == 0
+    finished = train(tmp_path / "other", tiny_model, uneven_data, "replicated", 2, args=whole, resume=True)
+    assert finished.status == 0, finished.output[-4000:]
+    assert_equal(weights_of(tmp_path / "other"), weights_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("options", "placement", "message"),
+    [
+        ({"load": {"full_finetuning": True}}, "host", "all weights are trained"),
+        ({}, "sharded", "this launch uses the CPU"),
+        ({"plugin": {"frozen_weights": "host"}}, "replicated", "comes too late"),
+    ],
+)
+def test_what_is_not_possible_is_rejected_once(options, placement, message, tiny_model, uneven_data, tmp_path):
+    finished = train(tmp_path, tiny_model, uneven_data, placement, 2, **options)
+    assert finished.status != 0
+    assert finished.output.count(message) == 1
+    assert VARIABLE in finished.output
+
+
+def test_4bit_weights_are_quantized_and_read_once_per_node(tiny_model, tmp_path):
+    finished = launch(WORKERS / "shared_4bit.py", [tiny_model, tmp_path], 2)
+    assert finished.status == 0, finished.output[-4000:]

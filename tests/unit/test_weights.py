@@ -1,0 +1,156 @@
+"""Frozen weights once per node: the choice, the memory, and the layers that are found."""
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, LlavaConfig
+
+from accelerate_unsloth.reliability import agreement
+from accelerate_unsloth.weights import PlacedWeights, SharedTensor, attach, placement
+from accelerate_unsloth.weights.decoder import find_layers
+from accelerate_unsloth.weights.layout import Piece
+from accelerate_unsloth.weights.placement import Facts, resolve
+from accelerate_unsloth.weights.shared_memory import SharedMemory, mapped
+
+GIB = 2**30
+FACTS = Facts(layer_bytes=30 * GIB, other_bytes=2 * GIB, local_world_size=2, host_bytes=128 * GIB)
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8, "num_hidden_layers": 2}
+
+
+# ---- The choice ----
+
+
+@pytest.mark.parametrize(
+    ("facts", "mode"),
+    [
+        (FACTS, "replicated"),
+        (replace(FACTS, local_world_size=4), "host"),
+        (replace(FACTS, host_bytes=40 * GIB), "host"),
+        (replace(FACTS, host_bytes=40 * GIB, cannot_share="no layers were found"), "replicated"),
+        (replace(FACTS, host_bytes=40 * GIB, on_gpu=True), "replicated"),
+        (replace(FACTS, host_bytes=40 * GIB, local_world_size=1), "replicated"),
+    ],
+)
+def test_weights_are_shared_where_copies_do_not_fit(facts, mode):
+    assert resolve("auto", facts).mode == mode
+    assert resolve("replicated", facts).mode == "replicated"
+
+
+def test_a_model_that_does_not_fit_is_rejected_with_the_arithmetic():
+    message = r"30\.0 GiB of decoder layers once and 2 x 2\.0 GiB of other weights are 34\.0 GiB, .* has 33\.0 GiB"
+    for requested in ("auto", "host"):
+        with pytest.raises(MemoryError, match=message):
+            resolve(requested, replace(FACTS, host_bytes=33 * GIB))
+
+
+@pytest.mark.parametrize(
+    ("requested", "facts", "why"),
+    [
+        ("sharded", FACTS, "uses the CPU"),
+        ("host", replace(FACTS, cannot_share="no layers were found"), "no layers were found"),
+        ("host", replace(FACTS, on_gpu=True), "on GPUs"),
+    ],
+)
+def test_an_impossible_placement_is_rejected_with_the_reason(requested, facts, why):
+    with pytest.raises(ValueError, match=rf"frozen_weights='{requested}' is not possible: .*{why}"):
+        resolve(requested, facts)
+
+
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(placement, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    whole = placement.host_bytes()
+    for text, expected in (("max\n", whole), ("1048576\n", 2**20), (f"{whole * 2}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        assert placement.host_bytes() == expected
+
+
+# ---- The memory ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.bool])
+def test_bytes_of_every_type_come_back(dtype):
+    written = [
+        torch.randint(0, 255, (n, 16), dtype=torch.uint8).clamp(max=1 if dtype is torch.bool else 255) for n in (3, 1)
+    ]
+    written = [value.view(dtype) for value in written]
+    with SharedMemory() as memory:
+        pieces = [Piece.of(str(i), str(i), memory.append(value), value) for i, value in enumerate(written)]
+        seen = mapped(memory.address())
+    for piece, value in zip(pieces, written, strict=True):
+        found = Piece.from_json(piece.to_json()).view(seen)
+        assert (found.shape, found.dtype) == (value.shape, dtype)
+        assert torch.equal(found.view(torch.uint8), value.view(torch.uint8))
+        assert found.data_ptr() % 256 == seen.data_ptr() % 256
+
+
+def test_what_one_process_writes_is_not_seen_by_another():
+    with SharedMemory() as memory:
+        memory.append(torch.zeros(4))
+        one, other = mapped(memory.address()), mapped(memory.address())
+    one[:] = 7
+    assert not other.any()
+
+
+def test_a_change_of_one_tensor_leaves_others_usable_in_a_backward():
+    """Views of one tensor share the counter by which autograd notices changes."""
+    with SharedMemory() as memory:
+        pieces = [Piece.of(name, name, memory.append(torch.ones(2, 2)), torch.ones(2, 2)) for name in ("a", "b")]
+        weight, changed = (piece.view(mapped(memory.address())) for piece in pieces)
+    inputs = torch.ones(2, 2, requires_grad=True)
+    output = inputs @ weight
+    changed.mul_(2)
+    output.sum().backward()
+    assert torch.equal(inputs.grad, torch.full((2, 2), 2.0))
+
+
+@pytest.mark.parametrize("broken", [{"name": "accelerate_unsloth-other"}, {"descriptor": 10_000}])
+def test_memory_of_another_container_is_not_taken_for_ours(broken):
+    with SharedMemory() as memory:
+        memory.append(torch.zeros(4))
+        with pytest.raises(RuntimeError, match=f"cannot open the memory of process {os.getpid()}.*=replicated"):
+            mapped(memory.address() | broken)
+
+
+# ---- The layers ----
+
+
+def test_the_layers_of_a_vision_tower_are_not_those_of_the_decoder():
+    text, vision = LlamaConfig(**SMALL), {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "intermediate_size": 64, **vision}, text_config=text
+    )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert [layer.path for layer in find_layers(model)] == [f"model.language_model.layers.{i}" for i in (0, 1)]
+
+
+def test_tied_weights_are_not_shared():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.all_tied_weights_keys = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+    assert all("mlp.up_proj.weight" not in name for layer in find_layers(model) for name in layer.parameters)
+
+
+# ---- The comparison of ranks ----
+
+
+@pytest.mark.parametrize(("own", "other", "fails"), [(True, None, False), (True, 1, True), (False, 1, False)])
+def test_the_single_copy_is_compared_between_nodes_only(own, other, fails, monkeypatch):
+    """The other rank owns no copy (`None`), or one of another node with a wrong value."""
+    layer = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
+    attach(layer, PlacedWeights(placement.PlacementChoice("host", ""), (SharedTensor(layer, "weight", own),)))
+
+    def gather(name, value):
+        _, elsewhere = value
+        assert elsewhere == ([] if own else ["weight"])
+        return [value, [{}, ["weight"]] if other is None else [{"weight": other}, []]]
+
+    monkeypatch.setattr(agreement, "topology", lambda: SimpleNamespace(world_size=2))
+    monkeypatch.setattr(agreement, "channel", lambda: SimpleNamespace(gather=gather))
+    if fails:
+        with pytest.raises(ValueError, match=r"Frozen weights or buffers of rank\(s\) 1 .*: weight"):
+            agreement.check_frozen(layer)
+    else:
+        agreement.check_frozen(layer)
