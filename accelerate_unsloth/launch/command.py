@@ -11,8 +11,9 @@ from .topology import topology
 # The module that runs the script, for `python -m MODULE script.py`; the script cannot find out by itself.
 run_through: str | None = None
 
+_KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 # No file that a launcher could start: `python -c`, an interactive session, standard input, a notebook's kernel.
-_NO_SCRIPT = ("-c", "", "-", "ipykernel_launcher.py", "colab_kernel_launcher.py")
+_NO_SCRIPT = ("-c", "", "-", *_KERNELS)
 
 
 def command(num_processes: int, config: str = "unsloth_ddp", of: Sequence[str] | None = None) -> str:
@@ -46,11 +47,26 @@ def is_a_file() -> bool:
     return os.path.basename(script()[0]) not in _NO_SCRIPT
 
 
+def is_kernel() -> bool:
+    """Return whether this process is the kernel of a notebook, or was forked from one."""
+    return os.path.basename(script()[0]) in _KERNELS
+
+
 def show(visible_gpus: int) -> None:
     """Print how to use all GPUs, if this process uses one of several and no launcher started it."""
-    if visible_gpus > 1 and topology().world_size == 1 and "RANK" not in os.environ:
-        of = None if is_a_file() else ["train.py"]
-        print(f"accelerate_unsloth: training on 1 of {visible_gpus} GPUs; to use all: {command(visible_gpus, of=of)}")
+    if visible_gpus <= 1 or topology().world_size > 1 or "RANK" in os.environ:
+        return
+    use_all = command(visible_gpus, of=None if is_a_file() else ["train.py"])
+    if is_kernel():
+        use_all = f"restart the kernel, and {_in_a_notebook(visible_gpus)}"
+    print(f"accelerate_unsloth: training on 1 of {visible_gpus} GPUs; to use all: {use_all}")
+
+
+def _in_a_notebook(num_processes: int) -> str:
+    return (
+        "put everything from the imports to the training into a function train(), and call "
+        f"accelerate.notebook_launcher(train, num_processes={num_processes})"
+    )
 
 
 def check_launch(num_gpus: int | None, world_size: int, launched: bool, visible_gpus: int) -> bool:
@@ -94,6 +110,13 @@ def require(num_gpus: int | None, visible_gpus: int) -> None:
     launched = topology().world_size > 1 or "RANK" in os.environ
     if check_launch(num_gpus, topology().world_size, launched, visible_gpus):
         return
+    if is_kernel():
+        print(
+            f"accelerate_unsloth: num_gpus={num_gpus} needs {num_gpus} processes, and this notebook's kernel is 1. To train "
+            f"on all, {_in_a_notebook(num_gpus)}",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
     config, where = "unsloth_ddp", ""
     if not visible_gpus:
         config, where = "unsloth_ddp_cpu", " as a dry run on the CPU, because no GPU is visible"

@@ -82,11 +82,18 @@ _place: Topology | None = None
 
 
 def topology() -> Topology:
-    """Return the topology of this process. Its node is known once the engine is loaded (`process.locate`)."""
+    """
+    Return the topology of this process. Its node is known once the engine is loaded (`process.locate`).
+
+    That of a single process is not kept: a notebook's kernel asks for it too, before several processes are forked from it.
+    """
     global _place
-    if _place is None:
-        _place = Topology.from_environment()
-    return _place
+    if _place is not None:
+        return _place
+    place = Topology.from_environment()
+    if place.world_size > 1:
+        _place = place
+    return place
 
 
 def relocate(place: Topology) -> None:

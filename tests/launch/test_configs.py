@@ -68,6 +68,23 @@ def test_the_hint_is_for_one_process_among_several_gpus(visible, environment, sh
     assert ("accelerate launch --num_processes 4" in capsys.readouterr().out) is shown
 
 
+@pytest.fixture(params=["ipykernel_launcher.py", "colab_kernel_launcher.py"])
+def kernel(request, monkeypatch):
+    monkeypatch.setattr("sys.argv", [f"/usr/lib/{request.param}", "-f", "connection.json"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+
+
+def test_the_hint_in_a_notebook_is_its_launcher(kernel, capsys):
+    command.show(2)
+    assert "call accelerate.notebook_launcher(train, num_processes=2)" in capsys.readouterr().out
+
+
+def test_processes_asked_for_in_a_notebook_are_those_of_its_launcher(kernel, capsys):
+    with pytest.raises(SystemExit):
+        command.require(2, visible_gpus=2)
+    assert "call accelerate.notebook_launcher(train, num_processes=2)" in capsys.readouterr().err
+
+
 # ---- Written files ----
 
 

@@ -50,6 +50,8 @@ POINTS = {
     "accelerate:PartialState.main_process_first": ["self"],
     "accelerate:PartialState.local_main_process_first": ["self"],
     "accelerate.utils:DDPCommunicationHookType": [],
+    "accelerate.launchers:are_libraries_initialized": ["library_names"],
+    "torch.cuda:_is_in_bad_fork": [],
     "transformers:TrainingArguments._setup_devices": [],
     "transformers:Trainer.floating_point_ops": ["self", "inputs"],
     "transformers:Trainer._track_num_input_tokens": ["self", "inputs"],

@@ -17,7 +17,10 @@ def parameters(point: str):
         found = reduce(getattr, name.split("."), import_module(module))
     except (AttributeError, ImportError):
         return None
-    return list(inspect.signature(found).parameters) if callable(found) else []
+    try:
+        return list(inspect.signature(found).parameters) if callable(found) else []
+    except ValueError:  # written in C
+        return []
 
 
 if __name__ == "__main__":
