@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ..plugin import UnslothPlugin
 from ..reliability import rank0_writes
+from ..weights import all_present
 from ..weights.loading import placing
 from . import checks
 
@@ -93,7 +94,7 @@ class FastLanguageModel:
         options = {name: value for name, value in kwargs.items() if name not in _UNSLOTH_ONLY}
         dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
         device = checks.this_device()
-        with placing(UnslothPlugin().frozen_weights, on_gpu=device != "cpu", trains_all=full_finetuning):
+        with placing(UnslothPlugin().frozen_weights, device, trains_all=full_finetuning):
             model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **source, **options)
         tokenizer = AutoTokenizer.from_pretrained(model_name, **source)
         if tokenizer.pad_token is None:
@@ -192,7 +193,8 @@ def _save_pretrained_merged(self, save_directory, tokenizer=None, save_method="m
             f"save_method={save_method!r} needs Unsloth on a GPU. Use 'merged_16bit' or 'lora' with the reference engine."
         )
     merge = save_method == "merged_16bit" and hasattr(self, "merge_and_unload")
-    model = copy.deepcopy(self).merge_and_unload() if merge else self
+    with all_present(self):
+        model = copy.deepcopy(self).merge_and_unload() if merge else self
     model.save_pretrained(save_directory, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(save_directory)

@@ -127,17 +127,22 @@ def declare_cpu_launch() -> None:
     `utils/launch.py: prepare_multi_gpu_env`). A plain `Accelerator()` then treats each of them as a separate job
     (`DistributedType.NO`), without a warning. Delete this when the launcher sets `ACCELERATE_USE_CPU` there too.
 
+    It also names their device `cpu:0` (`state.py: set_device`), for which `model.to(device)` of PyTorch 2.14 copies every weight
+    that is on `cpu` already. `ACCELERATE_TORCH_DEVICE` gives it the plain name.
+
     Raises:
         RuntimeError: if accelerate's state exists already and knows one process only.
     """
     world_size = Topology.from_environment().world_size  # not kept: a script may set the variables later
-    if world_size == 1 or uses_cpu():
+    if world_size == 1:
         return
-    import torch
+    if not uses_cpu():
+        import torch
 
-    if torch.accelerator.is_available():
-        return
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+        if torch.accelerator.is_available():
+            return
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     state = sys.modules.get("accelerate.state")
     if state is not None and state.PartialState._shared_state and state.PartialState().num_processes == 1:
         raise RuntimeError(

@@ -159,10 +159,11 @@ def check_frozen(model) -> None:
     if topology().world_size == 1:
         return
     placed = placed_weights(model)
-    shared = {id(tensor.parameter): tensor.is_own for tensor in placed.shared} if placed else {}
+    shared = {id(tensor.parameter): tensor for tensor in placed.shared} if placed else {}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    elsewhere = {name for name, p in frozen.items() if not shared.get(id(p), True)}
-    summed = {name: p for name, p in frozen.items() if name not in elsewhere} | kept_buffers(model)
+    elsewhere = {name for name, p in frozen.items() if id(p) in shared and not shared[id(p)].is_own}
+    summed = {name: p for name, p in frozen.items() if id(p) not in shared} | kept_buffers(model)
+    summed |= {name: shared[id(p)].stored for name, p in frozen.items() if id(p) in shared and shared[id(p)].is_own}
     ranks_sums = channel().gather("frozen weights", [bit_sums(summed), sorted(elsewhere)])
     first = {name: value for sums, _ in reversed(ranks_sums) for name, value in sums.items()}
     differ = [

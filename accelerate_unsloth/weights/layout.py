@@ -18,13 +18,14 @@ class Piece:
         offset (`int`): In bytes.
         shape (`tuple[int, ...]`): Its shape.
         dtype (`str`): Such as `"bfloat16"`.
+        layer (`int`): Index of the decoder layer that it belongs to.
 
     Example:
 
     ```python
     >>> import torch
     >>> from accelerate_unsloth.weights.layout import Piece
-    >>> Piece("head.weight", "head.weight", 4, (1, 2), "uint8").view(torch.arange(8, dtype=torch.uint8))
+    >>> Piece("head.weight", "head.weight", 4, (1, 2), "uint8", 0).view(torch.arange(8, dtype=torch.uint8))
     tensor([[4, 5]], dtype=torch.uint8)
     ```
     """
@@ -34,10 +35,11 @@ class Piece:
     offset: int
     shape: tuple[int, ...]
     dtype: str
+    layer: int
 
     @classmethod
-    def of(cls, name: str, parameter: str, offset: int, tensor: torch.Tensor) -> "Piece":
-        return cls(name, parameter, offset, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    def of(cls, name: str, parameter: str, offset: int, tensor: torch.Tensor, layer: int) -> "Piece":
+        return cls(name, parameter, offset, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), layer)
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Piece":
@@ -56,8 +58,10 @@ class Piece:
         """Whether every rank holds its own copy: of a quantization state, a bias, the weight of a norm."""
         return self.is_state or len(self.shape) < 2
 
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """Return the tensor in `memory`, which is of bytes. Autograd takes it for a tensor without relatives."""
-        dtype = getattr(torch, self.dtype)
-        nbytes = math.prod(self.shape) * dtype.itemsize
-        return memory[self.offset : self.offset + nbytes].view(dtype).view(self.shape).data
+        return memory[self.offset : self.end].view(getattr(torch, self.dtype)).view(self.shape).data

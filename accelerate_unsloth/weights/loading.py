@@ -22,6 +22,7 @@ from ..launch.topology import topology
 from ..patches import patched
 from . import PlacedWeights, SharedTensor, attach, placement
 from .decoder import DecoderLayer, find_layers
+from .fetching import FetchedLayer, FetchedTensor, Fetcher, absent
 from .layout import Piece
 from .shared_memory import SharedMemory, mapped
 
@@ -30,13 +31,13 @@ _4BIT_BYTES = 0.516
 
 
 @contextmanager
-def placing(requested: str, on_gpu: bool, trains_all: bool = False) -> Iterator[None]:
+def placing(requested: str, device: str, trains_all: bool = False) -> Iterator[None]:
     """
     Let `from_pretrained` of transformers share the decoder layers of a node, where `requested` and the facts say so.
 
     Args:
         requested (`str`): The plugin's `frozen_weights`.
-        on_gpu (`bool`): Whether the model will train on a GPU.
+        device (`str`): Where the model computes, such as `"cuda:1"`.
         trains_all (`bool`, *optional*, defaults to `False`): Whether the weights of the layers are trained.
 
     Raises:
@@ -49,19 +50,25 @@ def placing(requested: str, on_gpu: bool, trains_all: bool = False) -> Iterator[
 
     def place_and_load(model, state_dict, load_config, disk_offload_index=None):
         layers = find_layers(model)
-        choice = placement.resolve(requested, _facts(model, layers, on_gpu, trains_all))
+        choice = placement.resolve(requested, _facts(model, layers, device, trains_all))
         if choice.mode == "replicated":
             attach(model, PlacedWeights(choice))
             return load(model, state_dict, load_config, disk_offload_index)
-        info, shared = _Loading(load, model, load_config, layers).run(state_dict)
-        attach(model, PlacedWeights(choice, shared))
+        loading = _Loading(load, model, load_config, layers, torch.device(device))
+        info = loading.run(state_dict)
+        attach(model, PlacedWeights(choice, tuple(loading.shared), loading.fetcher))
         return info, disk_offload_index
 
     with patched(modeling_utils, convert_and_load_state_dict_in_model=place_and_load):
         yield
 
 
-def _facts(model, layers: list[DecoderLayer], on_gpu: bool, trains_all: bool) -> placement.Facts:
+def computes_with_shared_copy(device: torch.device) -> bool:
+    """Return whether the shared copy itself is what layers on a device compute with."""
+    return device.type == "cpu"
+
+
+def _facts(model, layers: list[DecoderLayer], device: str, trains_all: bool) -> placement.Facts:
     sizes = {name: _loaded_bytes(model, name, p) for name, p in model.named_parameters()}
     layer_bytes = sum(sizes[name] for layer in layers for name in layer.parameters)
     cannot_share = "" if layers else f"the decoder layers of {type(model).__name__} were not found"
@@ -70,7 +77,7 @@ def _facts(model, layers: list[DecoderLayer], on_gpu: bool, trains_all: bool) ->
         other_bytes=int(sum(sizes.values()) - layer_bytes),
         local_world_size=topology().local_world_size,
         host_bytes=placement.host_bytes(),
-        on_gpu=on_gpu,
+        on_gpu=device != "cpu",
         cannot_share="all weights are trained, and each rank changes its own" if trains_all else cannot_share,
     )
 
@@ -84,12 +91,15 @@ def _loaded_bytes(model, name: str, parameter: torch.Tensor) -> float:
 class _Loading:
     """One load of a model, whose parameters are on the meta device."""
 
-    def __init__(self, load: Callable, model, load_config, layers: list[DecoderLayer]):
+    def __init__(self, load: Callable, model, load_config, layers: list[DecoderLayer], device: torch.device):
         self._load, self._model, self._config, self._layers = load, model, load_config, layers
         self._layer_of = {name: index for index, layer in enumerate(layers) for name in layer.parameters}
+        self._device, self._fetches = device, not computes_with_shared_copy(device)
+        self.shared: list[SharedTensor] = []
+        self.fetcher: Fetcher | None = None
 
-    def run(self, state_dict: dict[str, Any]) -> tuple[Any, tuple[SharedTensor, ...]]:
-        """Return what transformers reports of a load, and the shared tensors."""
+    def run(self, state_dict: dict[str, Any]) -> Any:
+        """Return what transformers reports of a load."""
         with SharedMemory() as memory:
             info, pieces = self._load_own(self._by_layer(state_dict), memory)
             own = {
@@ -98,16 +108,18 @@ class _Loading:
                 "pieces": [piece.to_json() for piece in pieces],
             }
             everyone = channel().gather("frozen weights loaded", own | _problems(info))
-            shared = []
+            fetched = []
             for rank, sent in enumerate(everyone):
                 if sent["node"] == topology().node:
                     _add_problems(info, sent)
                     found = [Piece.from_json(entry) for entry in sent["pieces"]]
-                    shared += self._attach(found, mapped(sent["address"]), info, rank == topology().rank)
+                    fetched += self._attach(found, mapped(sent["address"]), info, rank == topology().rank)
             channel().gather("frozen weights mapped", True)  # before any rank closes its memory
+        if self._fetches:
+            self.fetcher = Fetcher(fetched, self._device)
         with suppress(AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)  # what conversions have used and glibc has kept
-        return info, tuple(shared)
+        return info
 
     def _by_layer(self, state_dict: dict[str, Any]) -> dict[int | None, dict[str, Any]]:
         """Split a checkpoint by the layer that its tensors become parameters of; `None` for all others."""
@@ -138,7 +150,8 @@ class _Loading:
                 with _without_progress_bars():
                     part = self._call(groups.get(index, {}))
                 left = part.missing_keys | {name for name, *_ in part.mismatched_keys}
-                pieces += self._move([name for name in self._layers[index].parameters if name not in left], memory)
+                names = [name for name in self._layers[index].parameters if name not in left]
+                pieces += self._move(index, names, memory)
                 info.missing_keys &= part.missing_keys
                 _add_problems(info, _problems(part))
         return info, pieces
@@ -146,34 +159,57 @@ class _Loading:
     def _call(self, group: dict[str, Any]) -> Any:
         return self._load(self._model, group, self._config)[0]
 
-    def _move(self, names: list[str], memory: SharedMemory) -> list[Piece]:
-        """Write parameters to `memory` and give up their own."""
-        pieces = []
-        for name in names:
-            parameter = self._model.get_parameter(name)
-            pieces.append(Piece.of(name, name, memory.append(parameter.data), parameter.data))
+    def _move(self, index: int, names: list[str], memory: SharedMemory) -> list[Piece]:
+        """Write parameters of a layer to `memory`, large ones first, and give up their own memory."""
+        pieces, parameters = [], {name: self._model.get_parameter(name) for name in names}
+
+        def write(name: str, parameter: str, tensor: torch.Tensor) -> None:
+            pieces.append(Piece.of(name, parameter, memory.append(tensor), tensor, index))
+
+        for name, parameter in sorted(parameters.items(), key=lambda item: item[1].dim() < 2):
+            write(name, name, parameter.data)
+        for name, parameter in parameters.items():
             state = getattr(parameter, "quant_state", None)
-            for key, tensor in (state.as_dict(packed=True) if state is not None else {}).items():
-                pieces.append(Piece.of(f"{name}.{key}", name, memory.append(tensor), tensor))
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            for key, tensor in state.as_dict(packed=True).items() if state is not None else ():
+                write(f"{name}.{key}", name, tensor)
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         return pieces
 
-    def _attach(self, pieces: list[Piece], memory: torch.Tensor, info: Any, is_own: bool) -> Iterator[SharedTensor]:
-        """Make parameters of what a rank has loaded."""
-        states = defaultdict(dict)
+    def _attach(self, pieces: list[Piece], memory: torch.Tensor, info: Any, is_own: bool) -> Iterator[FetchedLayer]:
+        """Make parameters of what a rank has loaded, and return its layers."""
+        by_layer = defaultdict(list)
         for piece in pieces:
-            if piece.is_state:
-                states[piece.parameter][piece.name.removeprefix(f"{piece.parameter}.")] = piece.view(memory).clone()
-        for piece in pieces:
-            if piece.is_state:
-                continue
-            path, _, name = piece.name.rpartition(".")
-            module, value = self._model.get_submodule(path), piece.view(memory)
-            parameter = _parameter(value.clone() if piece.is_small else value, states.get(piece.name), module)
-            setattr(module, name, parameter)
-            info.missing_keys.discard(piece.name)
-            if not piece.is_small:
-                yield SharedTensor(module, name, is_own)
+            by_layer[piece.layer].append(piece)
+        for index, of_layer in by_layer.items():
+            states = defaultdict(dict)
+            for piece in of_layer:
+                if piece.is_state:
+                    key = piece.name.removeprefix(f"{piece.parameter}.")
+                    states[piece.parameter][key] = piece.view(memory).to(self._device, copy=True)
+            large = [piece for piece in of_layer if not piece.is_small]
+            begin, end = min(piece.offset for piece in large), max(piece.end for piece in large)
+            tensors = []
+            for piece in of_layer:
+                if not piece.is_state:
+                    module, name = self._set(piece, piece.view(memory), states.get(piece.name), is_own)
+                    info.missing_keys.discard(piece.name)
+                    if not piece.is_small:
+                        tensors.append(FetchedTensor(module, name, piece.name, piece.offset - begin))
+            layer = self._model.get_submodule(self._layers[index].path)
+            yield FetchedLayer(index, layer, memory[begin:end], tuple(tensors))
+
+    def _set(self, piece: Piece, stored: torch.Tensor, state: dict | None, is_own: bool) -> tuple[nn.Module, str]:
+        """Set a parameter of the model: the shared copy, a copy of its own, or one that is fetched."""
+        path, _, name = piece.name.rpartition(".")
+        module, value = self._model.get_submodule(path), stored
+        if piece.is_small:
+            value = stored.to(self._device, copy=True)
+        else:
+            self.shared.append(SharedTensor(module, name, stored, is_own))
+            if self._fetches:
+                value = absent(piece.name, stored.shape, stored.dtype, self._device)
+        setattr(module, name, _parameter(value, state, module))
+        return module, name
 
 
 def _parameter(value: torch.Tensor, state: dict[str, torch.Tensor] | None, module: nn.Module) -> nn.Parameter:

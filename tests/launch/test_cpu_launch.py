@@ -7,7 +7,7 @@ from ..launching import launch
 IMPORTED_FIRST = "import accelerate_unsloth\nfrom accelerate import Accelerator\naccelerator = Accelerator()\n"
 IMPORTED_LATE = "from accelerate import Accelerator\naccelerator = Accelerator()\nimport accelerate_unsloth\n"
 # In one call, which the lines of two processes cannot be mixed up in.
-SAY = "import os\nos.write(1, f'{accelerator.distributed_type.value} {accelerator.num_processes}\\n'.encode())\n"
+SAY = "import os\nos.write(1, f'{accelerator.distributed_type.value} {accelerator.num_processes} {accelerator.device}\\n'.encode())\n"
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def script(tmp_path):
 def test_a_plain_accelerator_knows_all_processes_of_the_bundled_cpu_file(script):
     finished = launch(script(IMPORTED_FIRST), processes=2)
     assert finished.status == 0, finished.output[-3000:]
-    assert finished.output.count("MULTI_CPU 2") == 2, finished.output
+    assert finished.output.count("MULTI_CPU 2 cpu\n") == 2, finished.output
 
 
 @pytest.mark.launch
 def test_torchrun_without_gpus_is_no_different(script):
     finished = launch(script(IMPORTED_FIRST), processes=2, torchrun=True)
     assert finished.status == 0, finished.output[-3000:]
-    assert finished.output.count("MULTI_CPU 2") == 2, finished.output
+    assert finished.output.count("MULTI_CPU 2 cpu\n") == 2, finished.output
 
 
 @pytest.mark.launch

@@ -32,8 +32,21 @@ def large_model(tmp_path_factory):
     """520 MB in float32, in a file of bfloat16: pages of a file in the wanted type are shared by all who load it."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "vocab_size": 320}
     config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8)
-    folder = tmp_path_factory.mktemp("large")
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return written(config, torch.bfloat16, tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory):
+    """More layers than slots, so that layers are fetched again in the backward."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "vocab_size": 320}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(**sizes, **tokens, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    return written(config, torch.float32, tmp_path_factory.mktemp("deep"))
+
+
+def written(config, dtype, folder):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     tiny_model_files.make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -65,6 +78,9 @@ def test_a_shared_copy_trains_as_replicas_do(kind, processes, tiny_model, expert
     replicated, shared = tmp_path / "replicated", tmp_path / "host"
     modes = [row[1] for row in result(shared)["decisions"] if row[0] == "frozen weights"]
     assert modes == ["host"]
+    for rank in range(processes):  # nothing has copied them
+        assert len(result(shared, rank)["shared"]) == {"dense": 14, "experts": 14}[kind]
+        assert all(result(shared, rank)["shared"])
     assert result(shared)["losses"] == result(replicated)["losses"]
     assert result(shared)["eval_losses"] == result(replicated)["eval_losses"]
     for rank in range(processes):
@@ -88,6 +104,27 @@ def test_the_processes_of_a_node_hold_one_copy(placement, processes, tiny_model,
         assert copies <= 1.25
     else:  # or this model would be shared anyway, as the pages of a file in the wanted type are
         assert copies >= 1.75
+
+
+@pytest.mark.parametrize(
+    ("kind", "recomputes"), [("deep", False), ("deep", True), slow("experts", False), slow("experts", True)]
+)
+def test_layers_that_are_fetched_train_as_replicas_do(kind, recomputes, deep_model, experts, uneven_data, tmp_path):
+    """As on a GPU: a layer's weights are there only while it runs, in three slots for all layers."""
+    model = {"deep": deep_model, "experts": experts}[kind]
+    options = {"evaluate": True, "save": True, "lora": {"use_gradient_checkpointing": recomputes}}
+    for placement, fetch in (("replicated", False), ("host", True)):
+        finished = train(tmp_path / placement, model, uneven_data, placement, 2, fetch=fetch, **options)
+        assert finished.status == 0, finished.output[-4000:]
+    replicated, fetched = tmp_path / "replicated", tmp_path / "host"
+    assert result(fetched)["losses"] == result(replicated)["losses"]
+    assert result(fetched)["eval_losses"] == result(replicated)["eval_losses"]
+    assert_equal(weights_of(fetched), weights_of(replicated))
+    assert_equal(*[load_file(folder / "merged" / "model.safetensors") for folder in (replicated, fetched)])
+    trainable = [
+        [row for row in result(folder)["decisions"] if row[0] == "trainable"] for folder in (fetched, replicated)
+    ]
+    assert trainable[0] == trainable[1]
 
 
 def test_nothing_stays_behind_a_killed_rank(tiny_model, uneven_data, tmp_path):

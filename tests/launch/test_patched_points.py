@@ -56,6 +56,8 @@ POINTS = {
     "transformers:Trainer.floating_point_ops": ["self", "inputs"],
     "transformers:Trainer._track_num_input_tokens": ["self", "inputs"],
     "transformers:TrainingArguments.__post_init__": ["self"],
+    "torch._C:_set_storage_access_error_msg": [],
+    "torch._C:_current_graph_task_id": [],
     "transformers.modeling_utils:convert_and_load_state_dict_in_model": [
         "model", "state_dict", "load_config", "disk_offload_index",
     ],

@@ -77,7 +77,7 @@ def test_bytes_of_every_type_come_back(dtype):
     ]
     written = [value.view(dtype) for value in written]
     with SharedMemory() as memory:
-        pieces = [Piece.of(str(i), str(i), memory.append(value), value) for i, value in enumerate(written)]
+        pieces = [Piece.of(str(i), str(i), memory.append(value), value, 0) for i, value in enumerate(written)]
         seen = mapped(memory.address())
     for piece, value in zip(pieces, written, strict=True):
         found = Piece.from_json(piece.to_json()).view(seen)
@@ -97,7 +97,7 @@ def test_what_one_process_writes_is_not_seen_by_another():
 def test_a_change_of_one_tensor_leaves_others_usable_in_a_backward():
     """Views of one tensor share the counter by which autograd notices changes."""
     with SharedMemory() as memory:
-        pieces = [Piece.of(name, name, memory.append(torch.ones(2, 2)), torch.ones(2, 2)) for name in ("a", "b")]
+        pieces = [Piece.of(name, name, memory.append(torch.ones(2, 2)), torch.ones(2, 2), 0) for name in ("a", "b")]
         weight, changed = (piece.view(mapped(memory.address())) for piece in pieces)
     inputs = torch.ones(2, 2, requires_grad=True)
     output = inputs @ weight
@@ -140,7 +140,10 @@ def test_tied_weights_are_not_shared():
 def test_the_single_copy_is_compared_between_nodes_only(own, other, fails, monkeypatch):
     """The other rank owns no copy (`None`), or one of another node with a wrong value."""
     layer = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
-    attach(layer, PlacedWeights(placement.PlacementChoice("host", ""), (SharedTensor(layer, "weight", own),)))
+    attach(
+        layer,
+        PlacedWeights(placement.PlacementChoice("host", ""), (SharedTensor(layer, "weight", layer.weight, own),)),
+    )
 
     def gather(name, value):
         _, elsewhere = value

@@ -26,7 +26,7 @@ NF4 = BitsAndBytesConfig(
 
 
 def load(folder: str, placement: str, **options):
-    with placing(placement, on_gpu=False):
+    with placing(placement, "cpu"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **options)
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from accelerate_unsloth.engines import kernels
 from accelerate_unsloth.launch.channel import channel
 from accelerate_unsloth.policies import activation_checkpointing
+from accelerate_unsloth.weights import loading, placed_weights
 from tests.stores import WatchedStore
 from tests.workers.provoke import Provoke
 
@@ -44,6 +45,8 @@ ARGUMENTS = {
 def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     out = Path(out)
     saves = count_saves()
+    if options.get("fetch"):  # as on a GPU
+        loading.computes_with_shared_copy = lambda device: False
     model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128, **options.get("load", {}))
     if not options.get("load", {}).get("full_finetuning"):
         model = FastLanguageModel.get_peft_model(
@@ -96,6 +99,9 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "wrapper": type(trainer.model_wrapped).__name__,
         "log_history": trainer.state.log_history,
         "decisions": trainer.decisions(),
+        "shared": [tensor.parameter.data_ptr() == tensor.stored.data_ptr() for tensor in placed_weights(model).shared]
+        if not options.get("fetch")
+        else [],
     }
     (out / f"result{rank}.json").write_text(json.dumps(seen))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

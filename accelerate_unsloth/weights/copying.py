@@ -1,0 +1,43 @@
+"""How the bytes of a layer reach a slot."""
+
+import torch
+
+
+class HostCopier:
+    """
+    Copies from memory of the host: at once on a CPU, on a stream of its own on a GPU.
+
+    A GPU copies without the CPU only from memory that is pinned.
+
+    Args:
+        sources (`dict[int, torch.Tensor]`): The bytes of each layer, on the host.
+        slots (`list[torch.Tensor]`): Memory of the device, each at least as large as the largest layer.
+    """
+
+    def __init__(self, sources: dict[int, torch.Tensor], slots: list[torch.Tensor]):
+        self._sources, self._slots = sources, slots
+        self._on_gpu = slots[0].is_cuda
+        if self._on_gpu:
+            self._stream = torch.cuda.Stream(slots[0].device)
+            self._stream.wait_stream(torch.cuda.current_stream(slots[0].device))  # which may still use their memory
+            self._copied = [torch.cuda.Event() for _ in slots]
+            self._computed = [torch.cuda.Event() for _ in slots]
+
+    def begin(self, layer: int, slot: int) -> None:
+        source = self._sources[layer]
+        target = self._slots[slot][: source.numel()]
+        if not self._on_gpu:
+            target.copy_(source)
+            return
+        self._stream.wait_event(self._computed[slot])
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            self._copied[slot].record()
+
+    def wait(self, slot: int) -> None:
+        if self._on_gpu:
+            torch.cuda.current_stream().wait_event(self._copied[slot])
+
+    def release(self, slot: int) -> None:
+        if self._on_gpu:
+            self._computed[slot].record()

@@ -1,0 +1,198 @@
+"""
+Copies each layer's frozen weights to the device just before the layer runs, in the forward and in the backward.
+
+A parameter keeps its identity, shape and type: while its layer is away it has no memory, and reading it raises an error;
+while its layer is in use it is a view of a slot. Kernels that hold the parameter for their backward, as Unsloth's do,
+therefore find the weights of the right layer. What PyTorch saves for a backward are views, which would read whatever
+layer is in the slot by then; so views of a slot are saved as a place, and made again when the backward needs them.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .copying import HostCopier
+from .placement import VARIABLE
+from .slots import SlotPool
+
+SLOTS = 3
+_GRANULE = 256  # bytes; slots are multiples of it, so that they can be viewed as any type
+
+
+@dataclass(frozen=True)
+class FetchedTensor:
+    """A parameter of `module`, and where it is in the bytes of its layer."""
+
+    module: nn.Module
+    name: str
+    full_name: str
+    offset: int  # bytes
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.name)
+
+
+@dataclass(frozen=True)
+class FetchedLayer:
+    """A decoder layer, its bytes on the host, and its parameters in them."""
+
+    index: int
+    module: nn.Module
+    source: torch.Tensor  # uint8
+    tensors: tuple[FetchedTensor, ...]
+
+    def __deepcopy__(self, memo):
+        return self  # hooks of a copied model fetch for the original
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A view of a slot, as a backward saves it."""
+
+    layer: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # bytes
+
+
+@dataclass
+class Fetcher:
+    """
+    Fetches layers for a model whose decoder layers are given, through hooks on them.
+
+    Args:
+        layers (`list[FetchedLayer]`): The layers that are copied; their parameters are [`absent`].
+        device (`torch.device`): Where they are computed.
+    """
+
+    layers: list[FetchedLayer]
+    device: torch.device
+    _shown: dict[int, int] = field(default_factory=dict)  # slot -> layer whose parameters are views of it
+    _keeps_activations: bool = False
+
+    def __post_init__(self):
+        largest = max(layer.source.numel() for layer in self.layers)
+        nbytes = -(-largest // _GRANULE) * _GRANULE
+        self._slots = [torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
+        self._slot_at = {slot.data_ptr(): index for index, slot in enumerate(self._slots)}
+        self._layer = {layer.index: layer for layer in self.layers}
+        sources = {layer.index: layer.source for layer in self.layers}
+        self._pool = SlotPool([*sources], SLOTS, HostCopier(sources, self._slots))
+        # As `absent` made them.
+        self._away = {layer.index: [tensor.parameter.data for tensor in layer.tensors] for layer in self.layers}
+        for layer in self.layers:
+            self._install_hooks(layer)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def use(self, index: int, forward: bool = True) -> int:
+        """Let the parameters of a layer be its weights, until another layer is used; return its slot."""
+        slot = self._pool.use(index, forward)
+        for other, shown in list(self._shown.items()):
+            if self._pool.contents[other] != shown:
+                self._hide(self._shown.pop(other))
+        if slot not in self._shown:
+            self._shown[slot] = index
+            for tensor, away in zip(self._layer[index].tensors, self._away[index], strict=True):
+                tensor.parameter.data = self._view(slot, away.dtype, away.shape, away.stride(), tensor.offset)
+        return slot
+
+    def _hide(self, index: int) -> None:
+        for tensor, away in zip(self._layer[index].tensors, self._away[index], strict=True):
+            tensor.parameter.data = away
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let the parameters of all layers be the copies on the host while the body runs, in which no layer may run."""
+        for layer in self.layers:
+            for tensor, away in zip(layer.tensors, self._away[layer.index], strict=True):
+                stored = layer.source[tensor.offset : tensor.offset + away.nbytes]
+                tensor.parameter.data = stored.view(away.dtype).view(away.shape).data
+        try:
+            yield
+        finally:
+            self._shown.clear()
+            for layer in self.layers:
+                self._hide(layer.index)
+
+    def _view(self, slot: int, dtype, shape, stride, offset_bytes: int) -> torch.Tensor:
+        typed = self._slots[slot].view(dtype)
+        return torch.as_strided(typed, shape, stride, offset_bytes // dtype.itemsize).data
+
+    # ---- Hooks ----
+
+    def _install_hooks(self, layer: FetchedLayer) -> None:
+        layer.module.register_forward_pre_hook(functools.partial(self._before_layer, layer))
+        layer.module.register_forward_hook(functools.partial(self._after_layer, layer))
+        for module in {id(tensor.module): tensor.module for tensor in layer.tensors}.values():
+            saving = []  # contexts of this module, entered and not left
+            module.register_forward_pre_hook(functools.partial(self._before_weights, saving))
+            module.register_forward_hook(functools.partial(self._after_weights, saving), always_call=True)
+
+    def _before_layer(self, layer: FetchedLayer, module, args) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1  # a recomputation
+        self.use(layer.index, forward=not in_backward)
+        if module.training and torch.is_grad_enabled():
+            self._check_frozen(layer)
+        # Recomputed layers save nothing here: their views live from the recomputation to the backward right after it.
+        recomputes = getattr(module, "gradient_checkpointing", False) and module.training
+        self._keeps_activations = torch.is_grad_enabled() and not recomputes
+
+    def _after_layer(self, layer: FetchedLayer, module, args, output) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:  # its gradient is complete before anything of the layer runs backward
+            hidden.register_hook(lambda gradient: self._before_backward(layer))
+
+    def _before_backward(self, layer: FetchedLayer) -> None:
+        self.use(layer.index, forward=False)
+
+    def _before_weights(self, saving: list, module, args) -> None:
+        if self._keeps_activations:
+            saving.append(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+            saving[-1].__enter__()
+
+    def _after_weights(self, saving: list, module, args, output) -> None:
+        if saving:
+            saving.pop().__exit__(None, None, None)
+
+    def _pack(self, tensor: torch.Tensor):
+        slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
+        if slot is None:
+            return tensor.detach()  # a graph that holds its own output would never be freed
+        return _Place(
+            self._shown[slot], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset() * tensor.itemsize
+        )
+
+    def _unpack(self, saved):
+        if not isinstance(saved, _Place):
+            return saved
+        slot = self.use(saved.layer, forward=False)
+        return self._view(slot, saved.dtype, saved.shape, saved.stride, saved.offset)
+
+    def _check_frozen(self, layer: FetchedLayer) -> None:
+        for tensor in layer.tensors:
+            if tensor.parameter.requires_grad:
+                raise ValueError(
+                    f"{tensor.full_name} is trained, but the weights of its layer are copied to the device and never back. "
+                    f"Train adapters only, or set {VARIABLE}=replicated."
+                )
+
+
+def absent(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a tensor without memory: its shape and type are there, and reading it raises an error with the name."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    tensor.untyped_storage().resize_(0)
+    # torch (2.11 to 2.14) has it for its own CUDA graphs. Without it a kernel would read address 0.
+    torch._C._set_storage_access_error_msg(
+        tensor,
+        f"{name} is on this device only while its layer runs, because the frozen weights are stored once per node, and "
+        f"something else reads it. Set {VARIABLE}=replicated.",
+    )
+    return tensor
