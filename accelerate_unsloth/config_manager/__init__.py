@@ -217,7 +217,7 @@ class ConfigManager:
         chosen = work.plan(plugin)
         options: dict[str, Any] = {} if processes is None else {"num_gpus": processes}
         if chosen.checkpointing.mode != "unchanged":
-            options["enable_gradient_checkpointing"] = chosen.recomputes
+            options["enable_gradient_checkpointing"] = chosen.recomputed > 0
         options["plugin"] = replace(plugin, micro_batch_tokens=chosen.micro_batch.token_budget)
         memory = f"{read}; {plugin.memory_fraction:g} of it may be used"
         return ExplainedConfig(options, {**work.explain(chosen), "processes": counted, "memory": memory})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..memory.budget import ModelShape
+from ..memory.budget import GIB, ModelShape
 from ..memory.estimate import EXPERTS_NOTE, ITEMS, Estimate, estimate
 from ..plugin import UnslothPlugin
 from ..policies.plan import Facts, StepPlan, plan
@@ -28,9 +28,10 @@ class Workload:
     def estimate(self, recompute: bool) -> Estimate:
         return estimate(self.shape, self.load_in_4bit, self.r, self.optim, recompute, self.num_gpus)
 
-    def tokens(self, recompute: bool) -> int:
-        """Return the tokens of the largest micro-batch."""
-        return self.estimate(recompute).largest_micro_batch(self.gpu_gib, self.fraction)
+    def tokens(self, recomputed: float) -> int:
+        """Return the tokens of the largest micro-batch, if this part of the layers recomputes."""
+        left_gib = self.gpu_gib * self.fraction - self.estimate(True).resting_gib
+        return self.shape.tokens_within(left_gib * GIB, recomputed)
 
     def plan(self, plugin: UnslothPlugin) -> StepPlan:
         """Plan a step of samples of full length; raise `ValueError` if not even one fits."""
@@ -38,13 +39,18 @@ class Workload:
         if self.tokens(recompute) < self.max_seq_length:
             raise ValueError(self._does_not_fit(recompute))
         step_tokens = _SAMPLES_PER_STEP * self.max_seq_length
-        return plan(plugin, Facts(self.max_seq_length, step_tokens, self.tokens(False), self.tokens(True)))
+        layers = self.shape.layers
+        partial = tuple(self.tokens(number / layers) for number in range(1, layers))
+        kept, recomputed = self.tokens(0), self.tokens(1)
+        return plan(plugin, Facts(self.max_seq_length, step_tokens, kept, recomputed, partial_tokens=partial))
 
     def explain(self, chosen: StepPlan) -> dict[str, str]:
         activations = {"unsloth": "recomputed", "none": "kept", "unchanged": "as the script says"}
+        choice = chosen.checkpointing
+        handled = f"recomputed in {choice.label}" if choice.layers else activations[choice.mode]
         budget = chosen.micro_batch.token_budget
         if budget is None:
-            fits = self.tokens(chosen.recomputes)
+            fits = self.tokens(chosen.recomputed)
             split = f"as the script splits them: {chosen.micro_batch.reason}; up to {fits:,} tokens fit"
         else:
             split = f"at most {budget:,} tokens, {budget // self.max_seq_length} full samples"
@@ -52,8 +58,7 @@ class Workload:
             "model": self.name,
             "script": f"load_in_4bit={self.load_in_4bit}, max_seq_length={self.max_seq_length}, r={self.r} on all linear "
             f"layers, optim={self.optim!r}",
-            "activations": f"{activations[chosen.checkpointing.mode]}, for steps of {_SAMPLES_PER_STEP} full samples per "
-            f"process: {chosen.checkpointing.reason}",
+            "activations": f"{handled}, for steps of {_SAMPLES_PER_STEP} full samples per process: {choice.reason}",
             "micro-batches": f"{split}; the samples of a step stay the script's",
             **({"experts": EXPERTS_NOTE} if self.shape.has_experts else {}),
         }

@@ -103,6 +103,24 @@ def recomputes(model) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def layers_that_recompute(model) -> int:
+    """Return the number of decoder layers, if each decides for itself whether it recomputes its activations; else 0."""
+    layers = _decoder_layers(model)
+    return len(layers) if all(hasattr(layer, "gradient_checkpointing") for layer in layers) else 0
+
+
+def recompute_first(model, number: int) -> None:
+    """Let only the first `number` decoder layers recompute their activations, where recomputation is switched on."""
+    for layer in _decoder_layers(model)[number:]:
+        layer.gradient_checkpointing = False
+
+
+def _decoder_layers(model) -> list:
+    from ..weights.decoder import find_layers
+
+    return [model.get_submodule(layer.path) for layer in find_layers(model)]
+
+
 def wants_recomputation(model) -> bool:
     """Return whether a loaded model recomputes activations unless something changes that."""
     return bool(getattr(model, "_unsloth_gradient_checkpointing", True))

@@ -108,29 +108,29 @@ class ModelShape:
         """Return the bytes per token while one layer runs backward, with what it recomputes."""
         return 2 * (_WORKING[0] * self.hidden + _WORKING[1] * self.intermediate)
 
-    def activation_bytes(self, tokens: int, checkpointing: bool) -> float:
+    def activation_bytes(self, tokens: int, recomputed: float) -> float:
         """
         Return the bytes that a micro-batch adds at the peak of a step: in the backward of a layer, or in the loss.
 
-        With `checkpointing` activations are recomputed, and what is kept is offloaded.
+        `recomputed` is the part of the layers, 0 to 1, that recompute their activations and offload what they keep.
         """
         chunks = tokens * self.vocabulary * _PLANNED_LOGIT_BYTES / _LOSS_SCRATCH_BYTES
         chunks = 1 if chunks <= 1 else 4 * math.ceil(chunks / 4)
-        return self._with_loss(tokens, checkpointing, tokens * self.vocabulary * _LOGIT_BYTES / chunks)
+        return self._with_loss(tokens, recomputed, tokens * self.vocabulary * _LOGIT_BYTES / chunks)
 
-    def activation_bytes_at_most(self, tokens: int, checkpointing: bool) -> float:
+    def activation_bytes_at_most(self, tokens: int, recomputed: float) -> float:
         """Return the largest [`ModelShape.activation_bytes`] of all micro-batches of up to so many tokens."""
         most = _LOSS_SCRATCH_BYTES * _LOGIT_BYTES / _PLANNED_LOGIT_BYTES
-        return self._with_loss(tokens, checkpointing, min(most, tokens * self.vocabulary * _LOGIT_BYTES))
+        return self._with_loss(tokens, recomputed, min(most, tokens * self.vocabulary * _LOGIT_BYTES))
 
-    def _with_loss(self, tokens: int, checkpointing: bool, logit_bytes: float) -> float:
+    def _with_loss(self, tokens: int, recomputed: float, logit_bytes: float) -> float:
         loss = logit_bytes + tokens * _STATE_BYTES * self.hidden
-        return max(tokens * self.working_bytes, loss) + (0 if checkpointing else tokens * self.kept_bytes)
+        return max(tokens * self.working_bytes, loss) + (1 - recomputed) * tokens * self.kept_bytes
 
-    def tokens_within(self, left_bytes: float, checkpointing: bool) -> int:
+    def tokens_within(self, left_bytes: float, recomputed: float) -> int:
         """Return the tokens up to which every micro-batch adds at most `left_bytes`."""
         most = max(0, int(left_bytes / self.working_bytes))
-        needs = functools.partial(self.activation_bytes_at_most, checkpointing=checkpointing)
+        needs = functools.partial(self.activation_bytes_at_most, recomputed=recomputed)
         return max(0, bisect.bisect_right(range(most + 1), left_bytes, key=needs) - 1)
 
     @property
@@ -161,7 +161,7 @@ def read(device, fraction: float) -> Reading:
 
 
 def tokens_that_fit(
-    shape: ModelShape, left_bytes: float, trainable: int, gradient_bytes: int, optim_bytes: int, checkpointing: bool
+    shape: ModelShape, left_bytes: float, trainable: int, gradient_bytes: int, optim_bytes: int, recomputed: float
 ) -> int:
     """
     Return the tokens of the largest micro-batch that fits; 0 if not even the optimizer does.
@@ -172,7 +172,7 @@ def tokens_that_fit(
         trainable (`int`): Number of trainable values.
         gradient_bytes (`int`): Bytes of a gradient per trainable value.
         optim_bytes (`int`): Bytes of optimizer state per trainable value; see [`~optimizer_state.state_bytes`].
-        checkpointing (`bool`): Whether activations are recomputed, and what is kept is offloaded.
+        recomputed (`float`): Part of the layers, 0 to 1, that recompute their activations and offload what they keep.
     """
     left = left_bytes - trainable * (gradient_bytes + optim_bytes) - shape.workspace_bytes
-    return shape.tokens_within(left, checkpointing)
+    return shape.tokens_within(left, recomputed)

@@ -30,14 +30,15 @@ class StepPlan:
     facts: Facts
 
     @property
-    def recomputes(self) -> bool:
-        """Whether activations are recomputed in the backward."""
-        if self.checkpointing.mode == "unchanged":
-            return not self.facts.switched_off
-        return self.checkpointing.mode == "unsloth"
+    def recomputed(self) -> float:
+        """Part of the layers that recompute their activations in the backward, 0 to 1."""
+        choice = self.checkpointing
+        if choice.mode == "unchanged":
+            return float(not self.facts.switched_off)
+        return choice.layers / choice.of_layers if choice.layers else float(choice.mode == "unsloth")
 
     def recomputing(self, why: str) -> "StepPlan | None":
-        """Return the plan that recomputes activations, where keeping them was our choice and did not fit; else `None`."""
+        """Return the plan that recomputes all activations, where keeping some was our choice and did not fit; else `None`."""
         if not self.checkpointing.may_recompute:
             return None
         return _with_checkpointing(CheckpointingChoice("unsloth", why), "auto", self.most_tokens, self.facts)
@@ -79,6 +80,8 @@ def _with_checkpointing(
     checkpointing: CheckpointingChoice, requested: str, most_tokens: int | None, facts: Facts
 ) -> StepPlan:
     fixed = StepPlan(checkpointing, MicroBatchChoice("fixed", None, ""), most_tokens, facts)
-    fits = facts.recomputed_tokens if fixed.recomputes else facts.kept_tokens
+    fits = facts.recomputed_tokens if fixed.recomputed else facts.kept_tokens
+    if checkpointing.layers is not None:
+        fits = facts.partial_tokens[checkpointing.layers - 1]
     split = micro_batch.Facts(facts.longest_tokens, fits, facts.lengths_known, facts.noisy)
     return replace(fixed, micro_batch=micro_batch.resolve(requested, most_tokens, split))

@@ -22,7 +22,7 @@ def rows(trainer, engine) -> list[Row]:
         ("samples", *_sampling(trainer)),
         *_evaluation(trainer),
         ("micro-batches", plan.micro_batch.mode, plan.micro_batch.reason),
-        ("recompute", plan.checkpointing.mode, plan.checkpointing.reason),
+        ("recompute", plan.checkpointing.label, plan.checkpointing.reason),
         ("attention", trainer.attention.backend, trainer.attention.reason),
         *_frozen_weights(trainer),
         _trainable(trainer),

@@ -235,6 +235,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Begin this rank's next optimizer step; return its micro-steps, each a [`MicroStep`] of [`MicroBatch`]es."""
         self._monitor.begin_step()
+        self._planner.begin_step()
         if self._step is not None:  # a stream ended inside an effective batch; what is left of it belongs to no step
             self.model.zero_grad()
             self.adapter.end_step()

@@ -63,12 +63,13 @@ class Planner:
         """
         self._sampler, self._undo = sampler, undo
         planned = sampler is not None and lengths is not None
-        kept, recomputed = self._tokens_that_fit()
+        kept, *partial, recomputed = self._tokens_that_fit()
         facts = Facts(
             longest_tokens=int(lengths.max()) if lengths is not None and len(lengths) else 0,
             rank_tokens=float(lengths.mean()) * sampler.effective_batch / sampler.world_size if planned else 0.0,
             kept_tokens=kept,
             recomputed_tokens=recomputed,
+            partial_tokens=tuple(partial),
             switched_off=not kernels.wants_recomputation(self._model),
             asked_for=getattr(self._model, "_accelerate_unsloth_checkpointing_asked", None),
             can_fall_back=can_fall_back,
@@ -81,12 +82,19 @@ class Planner:
     def _use(self, new: StepPlan) -> None:
         """Apply a plan: its checkpointing where that changes, and its token budget."""
         before, self.plan = self.plan, new
-        mode = new.checkpointing.mode
-        if mode != "unchanged" and (before is None or before.checkpointing.mode != mode):
-            was = kernels.set_recomputation(self._model, mode == "unsloth")
-            self._undo.callback(kernels.set_recomputation, self._model, was)
+        mode, layers = new.checkpointing.mode, new.checkpointing.layers
+        was = None if before is None else (before.checkpointing.mode, before.checkpointing.layers)
+        if mode != "unchanged" and was != (mode, layers):
+            earlier = kernels.set_recomputation(self._model, mode == "unsloth")
+            self._undo.callback(kernels.set_recomputation, self._model, earlier)
+        self.begin_step()
         if self._sampler is not None and new.micro_batch.mode == "auto":
             self._sampler.token_budget = new.micro_batch.token_budget
+
+    def begin_step(self) -> None:
+        """Let some layers keep their activations, where that is planned: Unsloth's `for_training` switches all alike."""
+        if self.plan.checkpointing.layers is not None:
+            kernels.recompute_first(self._model, self.plan.checkpointing.layers)
 
     def state_bytes_of(self, trainable: list[torch.nn.Parameter]) -> int:
         """Return the bytes that the optimizer will hold for these parameters."""
@@ -144,24 +152,24 @@ class Planner:
         self._use(self.plan.lowered(min(failed), why))
         return f"micro-batches are planned smaller from here on: {self.plan.micro_batch.reason}"
 
-    def _tokens_that_fit(self) -> tuple[int | None, int | None]:
-        """Return the largest micro-batch on the rank with the least memory, with activations kept and recomputed."""
+    def _tokens_that_fit(self) -> list[int | None]:
+        """Return the largest micro-batch on the rank with the least memory, for each possible number of recomputed layers."""
         if self._shape is None:
-            return None, None
+            return [None, None]
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         left_bytes = budget.read(self._device, self._options.memory_fraction).left_bytes
         values, width = sum(p.numel() for p in trainable), max((p.element_size() for p in trainable), default=4)
+        layers = kernels.layers_that_recompute(self._model) or 1
         fitting = [
-            budget.tokens_that_fit(self._shape, left_bytes, values, width, self._state_bytes, recompute)
-            for recompute in (False, True)
+            budget.tokens_that_fit(self._shape, left_bytes, values, width, self._state_bytes, number / layers)
+            for number in range(layers + 1)
         ]
-        kept, recomputed = (min(ranks) for ranks in zip(*channel().gather("tokens that fit", fitting), strict=True))
-        return kept, recomputed
+        return [min(ranks) for ranks in zip(*channel().gather("tokens that fit", fitting), strict=True)]
 
     def _too_long(self, sample: int, tokens: int, ranks: str) -> str:
         arithmetic = ""
         if self._shape is not None:
-            need = self._shape.activation_bytes(tokens, self.plan.recomputes) + self._shape.workspace_bytes
+            need = self._shape.activation_bytes(tokens, self.plan.recomputed) + self._shape.workspace_bytes
             left = budget.read(self._device, self._options.memory_fraction).left_bytes
             arithmetic = f" (about {need / budget.GIB:.2f} GiB of activations; {left / budget.GIB:.2f} GiB left)"
         return (

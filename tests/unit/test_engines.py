@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from accelerate_unsloth.engines import resolve
+from accelerate_unsloth.engines import kernels, resolve
 from accelerate_unsloth.engines.checks import check_device_map, check_model_name, check_placement
 from accelerate_unsloth.engines.variables import check_unsloth_modes
 from accelerate_unsloth.launch import process
@@ -194,3 +194,28 @@ def test_layers_outside_of_the_gpu_are_rejected_before_loading():
 
     with pytest.raises(ValueError, match="offload_layers='auto' moves layers"):
         FastLanguageModel.from_pretrained("nobody/nothing", offload_layers="auto")
+
+
+def test_only_the_first_layers_recompute():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3))
+    model.config.use_cache = False
+    ran = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *args, index=index: ran.append(index))
+
+    def layers_that_run(**inputs):
+        ran.clear()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return ran
+
+    inputs = {"input_ids": torch.arange(8)[None]}
+    assert kernels.layers_that_recompute(model) == 3
+    assert kernels.set_recomputation(model, True) is False
+    assert layers_that_run(**inputs) == [0, 1, 2, 2, 1, 0]
+    kernels.recompute_first(model, 2)
+    assert layers_that_run(**inputs) == [0, 1, 2, 1, 0]
+    kernels.set_recomputation(model, False)
+    assert layers_that_run(**inputs) == [0, 1, 2]

@@ -43,13 +43,15 @@ def model(monkeypatch):
         return model.recompute[-2]
 
     monkeypatch.setattr(kernels, "set_recomputation", switch)
+    model.only_first = []
+    monkeypatch.setattr(kernels, "recompute_first", lambda model, number: model.only_first.append(number))
     return model
 
 
-def made(model, kept=200, recomputed=400, undo=None, lengths=LENGTHS, **options):
+def made(model, kept=200, recomputed=400, undo=None, lengths=LENGTHS, partial=(), **options):
     sampler = EffectiveBatchSampler(8, 1, 0, 4, 2, seed=0, strategy="sequential", lengths=lengths)
     planner = Planner(model, "unsloth", UnslothPlugin(**options), torch.device("cpu"), "adamw_torch")
-    planner._tokens_that_fit = lambda: (kept, recomputed)
+    planner._tokens_that_fit = lambda: (kept, *partial, recomputed)
     planner.resolve(sampler, lengths, undo or contextlib.ExitStack())
     return planner, sampler
 
@@ -60,6 +62,21 @@ def test_the_token_budget_reaches_the_sampler_and_what_was_switched_is_switched_
         assert (planner.plan.checkpointing.mode, sampler.token_budget) == ("unsloth", 300)
         assert model.recompute == [False, True]
     assert model.recompute == [False, True, False]
+
+
+def test_some_layers_keep_their_activations_until_a_rank_runs_out(channel, model):
+    """Also after something in the middle of the training has switched all layers alike."""
+    with contextlib.ExitStack() as undo:
+        planner, sampler = made(model, 8_000, 40_000, undo, LENGTHS * 100, partial=(9_000, 25_000))
+        assert (planner.plan.checkpointing.label, sampler.token_budget) == ("1 of 3 layers", 9_000)
+        planner.begin_step()
+        assert (model.recompute, model.only_first) == ([False, True], [1, 1])
+        channel.other = {"out of memory": [9_000, True]}
+        assert "activations are recomputed from here on" in planner.lower(0, False, step=7)
+        assert (planner.plan.checkpointing.label, sampler.token_budget) == ("unsloth", 40_000)
+        planner.begin_step()
+        assert (model.recompute[-1], model.only_first) == (True, [1, 1])
+    assert model.recompute[-1] is False
 
 
 def test_the_probe_lowers_the_plan_until_it_fits_on_every_rank(channel, model):

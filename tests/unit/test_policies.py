@@ -96,6 +96,45 @@ def test_activations_are_kept_if_that_saves_time(
     assert choice.may_recompute == (mode == "none" and requested == "auto" and not off)
 
 
+# Tokens that fit with 0, 1, 2, 3 and all 4 layers recomputed.
+FITTING = (3_000, 4_000, 6_000, 12_000, 90_000)
+
+
+@pytest.mark.parametrize(
+    ("rank_tokens", "longest", "layers", "budget"),
+    [
+        (3_000, 2_048, None, 3_000),  # all of a step fits as it is
+        (12_000, 2_048, 1, 4_000),  # three micro-batches either way, and each keeps the GPU busy
+        (12_000, 5_000, 2, 6_000),  # the longest sample needs it
+        (4_500, 2_048, 2, 6_000),  # one micro-batch instead of two halves
+        (12_000, 80_000, None, 90_000),
+        (12_000, 100_000, None, 100_000),  # nothing fits by arithmetic: the probe decides
+    ],
+)
+def test_the_fewest_layers_recompute_with_which_steps_are_shortest(rank_tokens, longest, layers, budget):
+    kept, *partial, recomputed = FITTING
+    facts = plan.Facts(longest, rank_tokens, kept, recomputed, partial_tokens=tuple(partial))
+    chosen = plan.plan(UnslothPlugin(), facts)
+    assert (chosen.checkpointing.layers, chosen.micro_batch.token_budget) == (layers, budget)
+    if layers:
+        assert (chosen.checkpointing.mode, chosen.checkpointing.label) == ("unsloth", f"{layers} of 4 layers")
+        assert chosen.recomputed == layers / 4
+        assert f"{budget:,} fit with it" in chosen.checkpointing.reason
+        fallback = chosen.recomputing("it ran out of memory")
+        assert (fallback.recomputed, fallback.checkpointing.layers) == (1.0, None)
+        assert fallback.micro_batch.token_budget == recomputed
+    else:
+        assert chosen.recomputed == float(longest > kept)
+
+
+def test_more_fits_with_each_recomputed_layer():
+    budgets = [LLAMA_8B.tokens_within(10 * budget.GIB, layers / 32) for layers in range(33)]
+    assert budgets == sorted(budgets)
+    assert budgets[0] < budgets[16] < budgets[32]
+    middle = [LLAMA_8B.activation_bytes(4096, part) for part in (0, 0.5, 1)]
+    assert middle[1] == pytest.approx((middle[0] + middle[2]) / 2)
+
+
 def test_the_table_says_how_to_keep_the_recomputation_of_the_script():
     facts = activation_checkpointing.Facts(2048, 7_000, 14_691, 90_000, asked_for="unsloth")
     choice = activation_checkpointing.resolve("auto", facts)
