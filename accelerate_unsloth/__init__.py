@@ -18,16 +18,16 @@ _PUBLIC = {
     "FastModel": "engines.select",
     "SFTConfig": "trainers.sft",
     "SFTTrainer": "trainers.sft",
-    "CPOConfig": "trainers.odds",
-    "CPOTrainer": "trainers.odds",
+    "CPOConfig": "trainers.orpo_cpo",
+    "CPOTrainer": "trainers.orpo_cpo",
     "DPOConfig": "trainers.preference",
     "DPOTrainer": "trainers.preference",
     "KTOConfig": "trainers.kto",
     "KTOTrainer": "trainers.kto",
-    "ORPOConfig": "trainers.odds",
-    "ORPOTrainer": "trainers.odds",
-    "UnslothTrainer": "trainers.embedding_rate",
-    "UnslothTrainingArguments": "trainers.embedding_rate",
+    "ORPOConfig": "trainers.orpo_cpo",
+    "ORPOTrainer": "trainers.orpo_cpo",
+    "UnslothTrainer": "trainers.unsloth_trainer",
+    "UnslothTrainingArguments": "trainers.unsloth_trainer",
     "RewardConfig": "trainers.preference",
     "RewardTrainer": "trainers.preference",
     "DistributedTrainerMixin": "trainers.mixin",
@@ -58,21 +58,21 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow the map
     from .patch import is_multi_gpu_enabled as is_multi_gpu_enabled
     from .plugin import UnslothPlugin as UnslothPlugin
     from .policies.aggregation import AggregationMethod as AggregationMethod
-    from .trainers.embedding_rate import UnslothTrainer as UnslothTrainer
-    from .trainers.embedding_rate import UnslothTrainingArguments as UnslothTrainingArguments
     from .trainers.kto import KTOConfig as KTOConfig
     from .trainers.kto import KTOTrainer as KTOTrainer
     from .trainers.mixin import DistributedTrainerMixin as DistributedTrainerMixin
-    from .trainers.odds import CPOConfig as CPOConfig
-    from .trainers.odds import CPOTrainer as CPOTrainer
-    from .trainers.odds import ORPOConfig as ORPOConfig
-    from .trainers.odds import ORPOTrainer as ORPOTrainer
+    from .trainers.orpo_cpo import CPOConfig as CPOConfig
+    from .trainers.orpo_cpo import CPOTrainer as CPOTrainer
+    from .trainers.orpo_cpo import ORPOConfig as ORPOConfig
+    from .trainers.orpo_cpo import ORPOTrainer as ORPOTrainer
     from .trainers.preference import DPOConfig as DPOConfig
     from .trainers.preference import DPOTrainer as DPOTrainer
     from .trainers.preference import RewardConfig as RewardConfig
     from .trainers.preference import RewardTrainer as RewardTrainer
     from .trainers.sft import SFTConfig as SFTConfig
     from .trainers.sft import SFTTrainer as SFTTrainer
+    from .trainers.unsloth_trainer import UnslothTrainer as UnslothTrainer
+    from .trainers.unsloth_trainer import UnslothTrainingArguments as UnslothTrainingArguments
 
 
 def __getattr__(name):

@@ -15,11 +15,11 @@ from trl import SFTConfig
 
 from ..launch.topology import topology
 from ..patches import Patch, patch_log
-from ..trainers.embedding_rate import UnslothTrainer, UnslothTrainingArguments
 from ..trainers.kto import KTOTrainer
-from ..trainers.odds import CPOTrainer, ORPOTrainer
+from ..trainers.orpo_cpo import CPOTrainer, ORPOTrainer
 from ..trainers.preference import DPOTrainer, RewardTrainer
 from ..trainers.sft import SFTTrainer
+from ..trainers.unsloth_trainer import UnslothTrainer, UnslothTrainingArguments
 
 _TRAINERS = (SFTTrainer, DPOTrainer, RewardTrainer, KTOTrainer, ORPOTrainer, CPOTrainer)
 _RENAMED = {"max_seq_length": "max_length"}
