@@ -58,10 +58,11 @@ class FastLanguageModel:
         use_gradient_checkpointing="unsloth",
         revision=None,
         random_state=3407,
+        auto_model=None,
         **kwargs,
     ):
         """
-        Load a causal language model and its tokenizer.
+        Load a model, by default a causal language model, and its tokenizer.
 
         Args:
             model_name (`str`):
@@ -74,6 +75,8 @@ class FastLanguageModel:
                 Must not be true: quantized weights need Unsloth and a GPU.
             full_finetuning (`bool`, *optional*, defaults to `False`):
                 Train all weights, without `get_peft_model`.
+            auto_model (`type`, *optional*, defaults to `AutoModelForCausalLM`):
+                Class that loads the model. A reward model takes `AutoModelForSequenceClassification` and `num_labels=1`.
 
         Returns:
             `tuple[PreTrainedModel, PreTrainedTokenizerBase]`
@@ -93,9 +96,9 @@ class FastLanguageModel:
         source = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
         options = {name: value for name, value in kwargs.items() if name not in _UNSLOTH_ONLY}
         dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        device = checks.this_device()
+        device, loader = checks.this_device(), auto_model or AutoModelForCausalLM
         with placing(UnslothPlugin().frozen_weights, device, trains_all=full_finetuning):
-            model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **source, **options)
+            model = loader.from_pretrained(model_name, dtype=dtype, **source, **options)
         tokenizer = AutoTokenizer.from_pretrained(model_name, **source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -122,6 +125,7 @@ class FastLanguageModel:
         use_rslora=False,
         modules_to_save=None,
         init_lora_weights=True,
+        task_type=None,
         **kwargs,
     ):
         """
@@ -135,13 +139,15 @@ class FastLanguageModel:
             use_gradient_checkpointing (`bool` or `str`, *optional*, defaults to `"unsloth"`):
                 Any true value, `"auto"` included, recomputes activations in the backward, without Unsloth's
                 offloading.
+            task_type (`str`, *optional*):
+                As for PEFT; by default that of the model. A new head of a classifier is trained along.
 
         Returns:
             [`~peft.PeftModel`]
         """
         set_seed(random_state)
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task_type or ("SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM"),
             r=r,
             target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
             lora_alpha=lora_alpha,

@@ -110,6 +110,18 @@ def test_full_finetuning_trains_every_weight(tiny_model):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_reward_model_is_loaded_with_a_head_that_is_trained(tiny_model):
+    from transformers import AutoModelForSequenceClassification
+
+    from accelerate_unsloth import FastModel
+
+    head = {"auto_model": AutoModelForSequenceClassification, "num_labels": 1}
+    model, _ = FastModel.from_pretrained(str(tiny_model), **head)
+    model = FastModel.get_peft_model(model, r=4)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert [(name.split(".")[-4], p.shape[0]) for name, p in trained.items()] == [("score", 1)]
+
+
 def test_the_merged_model_computes_what_the_adapted_one_does(adapted, tmp_path):
     from transformers import AutoModelForCausalLM
 

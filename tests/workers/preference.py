@@ -10,14 +10,13 @@ from importlib import import_module
 from pathlib import Path
 
 import accelerate_unsloth
-from accelerate_unsloth import FastLanguageModel, UnslothPlugin
+from accelerate_unsloth import FastModel, UnslothPlugin
 
 # isort: split
 import datasets
 import torch
 import trl
 from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -28,16 +27,15 @@ from tests.workers.train import ARGUMENTS
 log_probs.install()
 
 CLASSES = {"dpo": "DPO", "reward": "Reward", "orpo": "ORPO", "cpo": "CPO", "kto": "KTO"}
+# Larger than the rounding of a gradient, which Adam's first steps would otherwise raise to the learning rate.
+COMMON = {"max_length": 96, "adam_epsilon": 1e-5}
 FURTHER = {"kto": {"train_sampling_strategy": "sequential"}}
 
 
 def load(which: str, folder: str):
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=96)
-    if which != "reward":
-        return FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False), tokenizer
-    torch.manual_seed(5)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    return get_peft_model(model, LoraConfig(r=4, task_type="SEQ_CLS", modules_to_save=["score"])), tokenizer
+    head = {"auto_model": AutoModelForSequenceClassification, "num_labels": 1} if which == "reward" else {}
+    model, tokenizer = FastModel.from_pretrained(folder, max_seq_length=96, **head)
+    return FastModel.get_peft_model(model, r=4, use_gradient_checkpointing=False), tokenizer
 
 
 def unpaired(row: dict, index: int) -> dict:
@@ -57,9 +55,7 @@ def train(which: str, model_folder: str, data: str, out: Path, options: dict):
     plugin = {} if options.get("plain") else {"plugin": UnslothPlugin(report=False, **options.get("plugin", {}))}
     trainer = trainer_class(
         model=model,
-        args=config_class(
-            str(out / "run"), **ARGUMENTS | {"max_length": 96} | FURTHER.get(which, {}) | options.get("args", {})
-        ),
+        args=config_class(str(out / "run"), **ARGUMENTS | COMMON | FURTHER.get(which, {}) | options.get("args", {})),
         train_dataset=rows.remove_columns(options.get("without", [])),
         eval_dataset=rows.select(range(7)) if options.get("evaluate") else None,
         processing_class=tokenizer,
