@@ -5,6 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .loader import IGNORED
+
 # If rows are packed from several documents, TRL keeps the lengths of these in a column (trl 1.15.0, data_utils.py).
 _DOCUMENTS = "seq_lengths"
 
@@ -27,6 +29,17 @@ def count_different(dataset, lengths: np.ndarray | None) -> int:
     if _DOCUMENTS not in getattr(dataset, "column_names", ()):
         return len(np.unique(lengths))
     return len(pc.unique(pc.list_flatten(_in_order(dataset, dataset.data.column(_DOCUMENTS)))))
+
+
+def lacks_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """Return for each sample whether no label of a causal language model is left behind the masked ones, as bool."""
+    found = []
+    for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        labels = table[column].combine_chunks()
+        lengths = pc.list_value_length(labels).to_numpy()
+        last = labels.flatten().to_numpy()[np.cumsum(lengths) - 1]
+        found.append((last == IGNORED) | (lengths < 2))  # the first label is no target
+    return np.concatenate(found)
 
 
 def _in_order(dataset: datasets.Dataset, values: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -3,12 +3,18 @@
 from ..engines.select import choice
 
 # isort: split
+import datasets
+import numpy as np
 from accelerate.utils import DistributedType
+from transformers.utils import logging
 
 from ..data.prepare import check_not_empty
 from ..launch.process import check_process_count
+from ..launch.topology import topology
 from ..weights import placed_weights
 from .adapter import LossAdapter
+
+logger = logging.get_logger(__name__)
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -90,3 +96,39 @@ def check_pair_columns(given: tuple, keywords: dict) -> None:
             f"The training dataset has the columns {', '.join(map(repr, columns))}, and a pair needs 'chosen' and 'rejected', "
             "and for DPO a 'prompt' unless both begin with it. Rename the columns."
         )
+
+
+def check_answers_left(lacks_answer: np.ndarray, split: str, max_length: int | None) -> None:
+    """
+    Make sure that truncation leaves a token of each answer.
+
+    Raises:
+        ValueError: if not, with the number of such samples and the first of them.
+    """
+    if lacks_answer.any():
+        raise ValueError(
+            f"{lacks_answer.sum()} of {len(lacks_answer)} samples of the {split} dataset, the first at index "
+            f"{lacks_answer.argmax()}, have no token of an answer to learn from: the answer is empty, or the prompt fills "
+            f"max_length={max_length}. Set a larger max_length, shorten these prompts, or leave these samples out."
+        )
+
+
+def check_left_out(given, prepared, split: str, max_length: int | None) -> None:
+    """
+    Say on rank 0 how many samples TRL's preparation has left out because they are too long.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    if not (isinstance(given, datasets.Dataset) and isinstance(prepared, datasets.Dataset)):
+        return
+    unpaired = {"chosen", "rejected"} <= {*given.column_names} and "label" in prepared.column_names  # by KTO
+    count = len(given) * (2 if unpaired else 1)
+    said = (
+        f"{count - len(prepared)} of {count} samples of the dataset {split!r} are left out: the prompt, or for a reward model "
+        f"an answer with its prompt, is too long for max_length={max_length}."
+    )
+    if not len(prepared):
+        raise ValueError(f"{said} Set a larger max_length, or shorten the samples.")
+    if len(prepared) < count and topology().rank == 0:
+        logger.warning(said)

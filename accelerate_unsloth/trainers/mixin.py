@@ -33,7 +33,7 @@ from ..reporting import startup_table
 from ..reporting.monitor import Monitor
 from ..reporting.verbosity import mute_libraries, muted_prints, without_training_banner
 from . import checks, decisions
-from .adapter import LossAdapter
+from .adapter import LossAdapter, SampleAdapter
 from .checkpoints import CheckpointMixin
 from .evaluation import EvaluationMixin
 from .guards import Guards
@@ -123,7 +123,11 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         check_not_empty(dataset, "given")
         prepare = super()._prepare_dataset
         split = kwargs.get("dataset_name") or args[-1]
-        return prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), split)
+        prepared = prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), split)
+        if issubclass(self.adapter_class, SampleAdapter):
+            settings = kwargs.get("args") or args[1]
+            checks.check_left_out(dataset, prepared, split, settings.max_length)
+        return prepared
 
     # ---- What was decided ----
 

@@ -39,6 +39,10 @@ POINTS = {
     "transformers:Trainer._push_from_checkpoint": ["self", "checkpoint_folder"],
     "transformers.trainer:TRAINER_STATE_NAME": [],
     "trl:SFTTrainer._prepare_dataset": ["self", "dataset", "processing_class", "args", "packing"],
+    "trl:DPOTrainer._prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+    "trl:KTOTrainer._prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+    "trl:RewardTrainer._prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+    "trl:DPOTrainer._compute_loss": ["self", "model", "inputs", "return_outputs"],
     "trl:SFTTrainer.compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     # called or replaced
     "transformers:Trainer._remove_unused_columns": ["self", "dataset", "description"],

@@ -74,6 +74,24 @@ def test_losses_and_weights_are_those_of_plain_trl(run, trainer, name):
     assert distance(ours, plain) < 1e-5
 
 
+# A mean over pairs plus a mean over tokens.
+WITH_SFT = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}
+
+
+@pytest.mark.parametrize("name", ["one, accumulated", "three, to a budget", "one, split for lack of memory"])
+def test_dpo_with_the_loss_of_sft_is_that_of_plain_trl(run, name):
+    processes, micro_batch, accumulation, options = LAUNCHES[name]
+    batch, arguments = processes * micro_batch * accumulation, WITH_SFT | {"per_device_eval_batch_size": 7}
+    plain = run("dpo", 1, batch, 1, plain=True, trainers=["dpo"], evaluate=True, args=arguments)
+    arguments = WITH_SFT | {"per_device_eval_batch_size": 2}
+    more = {} if "memory_tokens" in options else {"evaluate": True}  # the limit is that of training
+    ours = run("dpo", processes, micro_batch, accumulation, trainers=["dpo"], args=arguments, **options, **more)
+    assert logged(ours, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+    assert distance(ours, plain) < 1e-5
+    if more:
+        assert result(ours)["before"]["eval_loss"] == pytest.approx(result(plain)["before"]["eval_loss"], rel=1e-5)
+
+
 METRICS = {
     "dpo": ["rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"],
     "reward": ["mean_reward", "accuracy", "margin", "min_reward", "max_reward"],
@@ -125,11 +143,19 @@ def test_a_run_resumes_on_another_number_of_processes(run, trainer):
     assert distance(resumed, one) < 1e-5
 
 
+LACKING = "6 of 22 samples of the training dataset, the first at index 2, have no token of an answer"
+WEIGHTED_SFT = {"loss_type": ["sft"], "use_weighting": True}
+
+
 @pytest.mark.parametrize(
     ("trainer", "options", "message"),
     [
         ("dpo", {"args": {"loss_type": ["aot"]}}, "loss_type='aot' sorts the pairs of a micro-batch"),
-        ("dpo", {"args": {"loss_type": ["sft"]}}, "loss_type='sft' is a mean over the tokens of a micro-batch"),
+        ("dpo", {"args": WEIGHTED_SFT}, "use_weighting=True multiplies the loss 'sft'"),
+        ("orpo", {"args": {"max_length": 24}}, LACKING),
+        ("cpo", {"args": {"max_length": 24}}, LACKING),
+        ("dpo", {"args": {"max_length": 1}}, "22 of 22 samples of the dataset 'train' are left out"),
+        ("reward", {"args": {"max_length": 2}}, "22 of 22 samples of the dataset 'train' are left out"),
         ("dpo", {"without": ["rejected"]}, "a pair needs 'chosen' and 'rejected'"),
         ("reward", {"without": ["chosen"]}, "a pair needs 'chosen' and 'rejected'"),
     ],
@@ -141,3 +167,10 @@ def test_what_cannot_be_exact_or_read_is_one_error_that_ends_all(
     finished = launch(WORKERS / "preference.py", words, 2, timeout_s=90)
     assert finished.status != 0
     assert finished.output.count(message) == 1
+
+
+def test_samples_that_trl_leaves_out_are_counted(tiny_model, preference_data, tmp_path):
+    options = {"trainers": ["dpo", "kto", "reward"], "args": {"max_length": 24, "max_steps": 1}}
+    finished = launch(WORKERS / "preference.py", [tiny_model, preference_data, tmp_path, json.dumps(options)], 2)
+    assert finished.status == 0, finished.output[-4000:]
+    assert finished.output.count("6 of 22 samples of the dataset 'train' are left out") == 3  # for the last one 16

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from accelerate_unsloth.data.lengths import count_different, lengths_of
+from accelerate_unsloth.data.lengths import count_different, lacks_labels, lengths_of
 from accelerate_unsloth.data.packing import (
     RowCost,
     assign_balanced,
@@ -186,6 +186,12 @@ def test_lengths_are_those_of_the_rows_also_after_a_selection(tmp_path):
     assert lengths_of(rows.remove_columns("input_ids")) is None
     assert lengths_of([{"input_ids": [1]}]) is None
     assert lengths_of(rows.to_iterable_dataset()) is None
+
+
+def test_rows_without_a_label_behind_the_prompt_are_found_also_after_a_selection():
+    rows = Dataset.from_dict({"labels": [[-100, 5], [-100, -100], [7], [-100, 5, 6], []]})
+    assert lacks_labels(rows, "labels").tolist() == [False, True, True, False, True]
+    assert lacks_labels(rows.select([3, 1]), "labels").tolist() == [False, True]
 
 
 def test_different_lengths_are_those_of_documents_if_rows_are_packed():
