@@ -12,6 +12,12 @@ from ..launching import WORKERS, launch, result
 
 pytestmark = pytest.mark.launch
 
+# The embeddings and the head learn a hundred times slower than the adapters. `adam_epsilon` is larger than the rounding of a
+# gradient, which Adam would otherwise raise to the learning rate.
+EMBEDDINGS = {
+    "lora": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "args": {"embedding_learning_rate": 1e-4, "lr_scheduler_type": "constant", "adam_epsilon": 1e-3},
+}
 # name: (processes, gradient accumulation, further options); the effective batch is 4 in each
 RUNS = {
     "one": (1, 4, {"evaluate": True}),
@@ -33,6 +39,8 @@ RUNS = {
     "two, packed": (2, 2, {"args": {"packing": True, "max_length": 64}}),
     "one, stream": (1, 4, {"stream": True, "args": {"max_steps": 8}}),
     "two, stream": (2, 2, {"stream": True, "args": {"max_steps": 8}}),
+    "one, embeddings": (1, 4, EMBEDDINGS),
+    "two, embeddings": (2, 2, EMBEDDINGS),
     "two, real launcher": (2, 2, {"evaluate": True}),
     "two, no all-reduce": (2, 2, {"sabotage": "no all-reduce"}),
     "two, mean of rank means": (2, 2, {"sabotage": "mean of rank means"}),
@@ -75,7 +83,7 @@ def difference(first, second, rank=0):
 
 
 OTHERS = [name for name in RUNS if name != "one" and "sabotage" not in RUNS[name][2]]
-OTHERS = [name for name in OTHERS if "packed" not in name and "stream" not in name]  # which form other batches
+OTHERS = [name for name in OTHERS if not any(word in name for word in ("packed", "stream", "embeddings"))]
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -91,6 +99,21 @@ def test_rows_packed_from_several_documents_are_trained_the_same(run):
     assert loss < 1e-5
     assert weight < 1e-5
     assert len(result(two)["losses"]) < len(result(run("two"))["losses"])
+
+
+def test_embeddings_are_trained_with_a_learning_rate_of_their_own(run, tiny_model):
+    one, two = run("one, embeddings"), run("two, embeddings")
+    loss, weight = difference(one, two)
+    assert loss < 1e-5
+    assert weight < 1e-5
+    start, end = load_file(tiny_model / "model.safetensors"), load_file(two / "weights0.safetensors")
+    steps, saved = len(result(two)["losses"]), [name for name in end if "modules_to_save" in name]
+    assert len(saved) == 2
+    # A step of Adam moves a weight by about its learning rate at most.
+    for name in saved:
+        before = start["lm_head.weight" if "lm_head" in name else "model.embed_tokens.weight"]
+        assert 0.5e-4 < (end[name] - before).abs().max() < 2e-4 * steps
+    assert all(weight.abs().max() > 0.5e-2 for name, weight in end.items() if "lora_B" in name)  # they begin at 0
 
 
 def test_what_a_stream_leaves_over_is_in_no_step_and_no_loss(run):

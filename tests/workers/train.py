@@ -10,7 +10,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
+from accelerate_unsloth import (
+    FastLanguageModel,
+    SFTConfig,
+    SFTTrainer,
+    UnslothPlugin,
+    UnslothTrainer,
+    UnslothTrainingArguments,
+)
 
 # isort: split
 import datasets
@@ -58,9 +65,12 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     rows = rows.to_iterable_dataset() if options.get("stream") else rows
     rows = datasets.Dataset.from_list(rows.to_list()) if options.get("in_memory") else rows
     maps = count_mapped_rows()
-    trainer = SFTTrainer(
+    kinds = SFTTrainer, SFTConfig
+    if "embedding_learning_rate" in options.get("args", {}):
+        kinds = UnslothTrainer, UnslothTrainingArguments
+    trainer = kinds[0](
         model,
-        SFTConfig(str(out / "run"), **ARGUMENTS | options.get("args", {})),
+        kinds[1](str(out / "run"), **ARGUMENTS | options.get("args", {})),
         train_dataset=rows,
         eval_dataset=evaluation,
         tokenizer=tokenizer,  # the old spelling, which Unsloth scripts use
