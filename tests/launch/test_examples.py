@@ -45,9 +45,21 @@ def start_without_arguments(folder, example, start, **options):
     return finished
 
 
-def start_dpo(folder, *arguments):
-    words = ["--max_steps", 2, "--max_length", 192, "--learning_rate", 1e-3, "--logging_steps", 1, *arguments]
-    finished = launch(folder / "examples" / "dpo.py", words, processes=2, timeout_s=500)
+def start_dpo(folder, start, *arguments, **options):
+    words = [
+        "--max_steps",
+        2,
+        "--max_length",
+        192,
+        "--learning_rate",
+        1e-3,
+        "--logging_steps",
+        1,
+        "--pairs",
+        16,
+        *arguments,
+    ]
+    finished = launch(folder / "examples" / "dpo.py", words, **STARTS[start], timeout_s=500, **options)
     assert finished.status == 0, finished.output[-4000:]
     assert finished.output.count("mean over all pairs") == 1
     assert finished.output.count("'rewards/margins'") == 2
@@ -56,13 +68,7 @@ def start_dpo(folder, *arguments):
 
 @pytest.mark.launch
 def test_preferences_are_trained_on_pairs_of_this_python(tiny_model, tmp_path):
-    start_dpo(copy_examples(tmp_path, tiny_model), "--pairs", 16)
-
-
-@pytest.mark.slow
-@pytest.mark.launch
-def test_preferences_are_trained_on_a_real_model(tmp_path):
-    start_dpo(copy_examples(tmp_path), "--pairs", 16, "--per_device_train_batch_size", 2)
+    start_dpo(copy_examples(tmp_path, tiny_model), "accelerate launch")
 
 
 @pytest.mark.launch
@@ -164,6 +170,14 @@ def test_an_example_trains_the_demo_model_that_one_process_makes_first(example, 
     shutil.rmtree(fresh_copy / ".demo" / example, ignore_errors=True)
     finished = start_without_arguments(fresh_copy, example, start, real_launcher=True, timeout_s=400)
     assert finished.output.count("converting SmolLM2") == (0 if is_there else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@of_each_start
+def test_preferences_are_trained_on_the_demo_model(start, fresh_copy):
+    shutil.rmtree(fresh_copy / ".demo" / "dpo", ignore_errors=True)
+    start_dpo(fresh_copy, start, "--per_device_train_batch_size", 2, real_launcher=True)
 
 
 @pytest.mark.slow
