@@ -95,8 +95,10 @@ class TokenMeanAdapter(PairAdapter):
 
     def scaled(self, token_mean: torch.Tensor) -> torch.Tensor:
         """Return the mean over the tokens of a micro-batch, weighed by its tokens while training."""
+        if self.trainer.model.training:
+            return token_mean * self._factor
         self._token_mean = float(token_mean)
-        return token_mean * self._factor if self.trainer.model.training else token_mean
+        return token_mean
 
     def evaluation_terms(self, value: float, inputs, items: int) -> list[tuple[float, int]]:
         if not self.token_weight:
