@@ -12,8 +12,9 @@ from ..launching import WORKERS, launch, result
 
 pytestmark = pytest.mark.launch
 
-# The embeddings and the head learn a hundred times slower than the adapters. `adam_epsilon` is larger than the rounding of a
-# gradient, which Adam would otherwise raise to the learning rate.
+# `adam_epsilon` is larger than the rounding of a gradient, which Adam would otherwise raise to the learning rate.
+STREAM = {"stream": True, "args": {"max_steps": 8, "adam_epsilon": 1e-5}}
+# The embeddings and the head learn a hundred times slower than the adapters.
 EMBEDDINGS = {
     "lora": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "args": {"embedding_learning_rate": 1e-4, "lr_scheduler_type": "constant", "adam_epsilon": 1e-3},
@@ -37,8 +38,8 @@ RUNS = {
     ),
     "one, packed": (1, 4, {"args": {"packing": True, "max_length": 64}}),
     "two, packed": (2, 2, {"args": {"packing": True, "max_length": 64}}),
-    "one, stream": (1, 4, {"stream": True, "args": {"max_steps": 8}}),
-    "two, stream": (2, 2, {"stream": True, "args": {"max_steps": 8}}),
+    "one, stream": (1, 4, STREAM),
+    "two, stream": (2, 2, STREAM),
     "one, embeddings": (1, 4, EMBEDDINGS),
     "two, embeddings": (2, 2, EMBEDDINGS),
     "two, real launcher": (2, 2, {"evaluate": True}),
