@@ -6,8 +6,12 @@ import torch
 
 from ..launch.topology import topology
 from ..patches import patch_log
+from ..plugin import UnslothPlugin
 from ..reliability import rank0_writes
 from ..reporting.verbosity import muted_prints
+from ..weights import placed_weights
+from ..weights.decoder import find_layers
+from ..weights.loading import placing
 from . import checks
 from .garbage import frozen_import
 
@@ -48,6 +52,31 @@ def _keep_caches_on_own_gpu() -> None:
             patch_log.patch(kind, name, only_on_own_gpu(vars(kind)[name], torch.cuda.current_device()))
 
 
+class _FetchingDecoder:
+    """
+    Tells which layer Unsloth's decoding of single tokens comes to.
+
+    It reads weights without calling the layers, but calls `enter` and `leave` of this attribute of the list of layers (unsloth
+    2026.10.9, `models/llama.py: LlamaModel_fast_forward_inference`), which is there for its own offloading.
+    """
+
+    def __init__(self, fetcher):
+        self._fetcher = fetcher
+
+    def enter(self, index: int) -> None:
+        self._fetcher.use(index)
+
+    def leave(self, index: int) -> None:
+        """Do nothing: the next layer replaces this one."""
+
+
+def _let_fast_decoding_fetch(model) -> None:
+    placed = placed_weights(model)
+    if placed is not None and placed.fetcher is not None:
+        layers = model.get_submodule(find_layers(model)[0].path.rpartition(".")[0])
+        layers._unsloth_block_swap = _FetchingDecoder(placed.fetcher)
+
+
 def _for_several_processes(base):
     """
     Return a subclass of an Unsloth loader whose models are on this rank's GPU and are saved by rank 0 only.
@@ -61,8 +90,11 @@ def _for_several_processes(base):
         @functools.wraps(base.from_pretrained)
         def from_pretrained(*args, **kwargs):
             checks.check_loading(args[0] if args else kwargs.get("model_name"), kwargs)
-            with muted_prints():
+            placement = UnslothPlugin().frozen_weights
+            trains_all = bool(kwargs.get("full_finetuning"))
+            with muted_prints(), placing(placement, checks.this_device(), trains_all):
                 model, tokenizer = base.from_pretrained(*args, **kwargs)
+            _let_fast_decoding_fetch(model)
             if topology().world_size > 1:
                 checks.check_placement((p.device for p in model.parameters()), checks.this_device())
             setattr(model, _ASKED_FOR, kwargs.get("use_gradient_checkpointing"))

@@ -2,6 +2,26 @@
 
 import torch
 
+from .placement import VARIABLE
+
+_pinned = []  # a mapping that ends while it is pinned would leave its addresses pinned
+
+
+def pin(memory: torch.Tensor) -> None:
+    """
+    Pin shared memory until the process ends, so that a GPU copies from it by itself.
+
+    Raises:
+        RuntimeError: if the system does not allow it.
+    """
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if error:
+        raise RuntimeError(
+            f"{memory.numel() / 2**30:.1f} GiB of frozen weights could not be pinned (cudaHostRegister: error {error}). Raise the "
+            f"limits of locked memory (`ulimit -l`) and of the container's memory, or set {VARIABLE}=replicated."
+        )
+    _pinned.append(memory)
+
 
 class HostCopier:
     """

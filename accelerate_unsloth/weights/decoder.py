@@ -29,8 +29,12 @@ def find_layers(model: nn.Module) -> list[DecoderLayer]:
     ['model.layers.0', 'model.layers.1']
     ```
     """
-    number = model.config.get_text_config(decoder=True).num_hidden_layers
-    embedding, tied = model.get_input_embeddings(), getattr(model, "all_tied_weights_keys", {})
+    try:
+        number = model.config.get_text_config(decoder=True).num_hidden_layers
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, ValueError):  # not a language model, or one with other names
+        return []
+    tied = getattr(model, "all_tied_weights_keys", {})
     for path, part in model.named_modules():
         if not any(child is embedding for child in part.children()):
             continue

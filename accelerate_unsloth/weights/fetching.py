@@ -154,12 +154,13 @@ class Fetcher:
         self.use(layer.index, forward=False)
 
     def _before_weights(self, saving: list, module, args) -> None:
-        if self._keeps_activations:
+        # What is compiled saves the parameter itself, like Unsloth's kernels.
+        if self._keeps_activations and not torch.compiler.is_compiling():
             saving.append(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             saving[-1].__enter__()
 
     def _after_weights(self, saving: list, module, args, output) -> None:
-        if saving:
+        if not torch.compiler.is_compiling() and saving:
             saving.pop().__exit__(None, None, None)
 
     def _pack(self, tensor: torch.Tensor):

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..launch.channel import channel
 from ..launch.topology import topology
 from ..patches import patched
 from . import PlacedWeights, SharedTensor, attach, placement
+from .copying import pin
 from .decoder import DecoderLayer, find_layers
 from .fetching import FetchedLayer, FetchedTensor, Fetcher, absent
 from .layout import Piece
@@ -46,11 +48,19 @@ def placing(requested: str, device: str, trains_all: bool = False) -> Iterator[N
     """
     from transformers import modeling_utils
 
-    load = modeling_utils.convert_and_load_state_dict_in_model
+    load, warm_up = modeling_utils.convert_and_load_state_dict_in_model, modeling_utils.caching_allocator_warmup
+
+    def resolve(model, layers: list[DecoderLayer]) -> placement.PlacementChoice:
+        return placement.resolve(requested, _facts(model, layers, device, trains_all))
+
+    def warm_up_if_replicated(model, *args, **kwargs):
+        """It would allocate the whole model on the GPU before anything is read."""
+        if resolve(model, find_layers(model)).mode == "replicated":
+            warm_up(model, *args, **kwargs)
 
     def place_and_load(model, state_dict, load_config, disk_offload_index=None):
         layers = find_layers(model)
-        choice = placement.resolve(requested, _facts(model, layers, device, trains_all))
+        choice = resolve(model, layers)
         if choice.mode == "replicated":
             attach(model, PlacedWeights(choice))
             return load(model, state_dict, load_config, disk_offload_index)
@@ -59,7 +69,11 @@ def placing(requested: str, device: str, trains_all: bool = False) -> Iterator[N
         attach(model, PlacedWeights(choice, tuple(loading.shared), loading.fetcher))
         return info, disk_offload_index
 
-    with patched(modeling_utils, convert_and_load_state_dict_in_model=place_and_load):
+    with patched(
+        modeling_utils,
+        convert_and_load_state_dict_in_model=place_and_load,
+        caching_allocator_warmup=warm_up_if_replicated,
+    ):
         yield
 
 
@@ -95,6 +109,9 @@ class _Loading:
         self._load, self._model, self._config, self._layers = load, model, load_config, layers
         self._layer_of = {name: index for index, layer in enumerate(layers) for name in layer.parameters}
         self._device, self._fetches = device, not computes_with_shared_copy(device)
+        # Layers go to the host at once. Only a GPU quantizes to the bits of a GPU, and fast enough.
+        quantizes = load_config.hf_quantizer is not None and not load_config.hf_quantizer.pre_quantized
+        self._layer_config = load_config if quantizes else replace(load_config, device_map={"": "cpu"})
         self.shared: list[SharedTensor] = []
         self.fetcher: Fetcher | None = None
 
@@ -113,7 +130,10 @@ class _Loading:
                 if sent["node"] == topology().node:
                     _add_problems(info, sent)
                     found = [Piece.from_json(entry) for entry in sent["pieces"]]
-                    fetched += self._attach(found, mapped(sent["address"]), info, rank == topology().rank)
+                    memory_of_rank = mapped(sent["address"], private=not self._fetches)
+                    if self._device.type == "cuda":
+                        pin(memory_of_rank)
+                    fetched += self._attach(found, memory_of_rank, info, rank == topology().rank)
             channel().gather("frozen weights mapped", True)  # before any rank closes its memory
         if self._fetches:
             self.fetcher = Fetcher(fetched, self._device)
@@ -145,10 +165,10 @@ class _Loading:
         own = [index for index in range(number) if index * place.local_world_size // number == place.local_rank]
         # One tensor at a time: glibc keeps up to 64 MiB of each thread that has converted some (2.36, `malloc_trim`).
         with _constant_state_dict(self._model), patched(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
-            info = self._call(groups.get(None, {}))
+            info = self._call(groups.get(None, {}), self._config)
             for index in logging.tqdm(own, desc="Loading layers"):
                 with _without_progress_bars():
-                    part = self._call(groups.get(index, {}))
+                    part = self._call(groups.get(index, {}), self._layer_config)
                 left = part.missing_keys | {name for name, *_ in part.mismatched_keys}
                 names = [name for name in self._layers[index].parameters if name not in left]
                 pieces += self._move(index, names, memory)
@@ -156,8 +176,8 @@ class _Loading:
                 _add_problems(info, _problems(part))
         return info, pieces
 
-    def _call(self, group: dict[str, Any]) -> Any:
-        return self._load(self._model, group, self._config)[0]
+    def _call(self, group: dict[str, Any], load_config) -> Any:
+        return self._load(self._model, group, load_config)[0]
 
     def _move(self, index: int, names: list[str], memory: SharedMemory) -> list[Piece]:
         """Write parameters of a layer to `memory`, large ones first, and give up their own memory."""

@@ -60,6 +60,8 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
             raise ValueError(f"frozen_weights={requested!r} is not possible: {why}. Set {VARIABLE}=replicated.")
         return PlacementChoice("replicated", why)
     processes, model_bytes = facts.local_world_size, facts.layer_bytes + facts.other_bytes
+    if requested == "auto" and facts.on_gpu:
+        return PlacementChoice("replicated", "on GPUs, layers are shared only where that is asked for")
     if requested == "auto" and processes == 1:
         return PlacementChoice("replicated", "one process on this machine")
     if requested == "auto" and processes * model_bytes <= _HOST_FRACTION * facts.host_bytes:
@@ -77,10 +79,10 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
 
 
 def _why_impossible(requested: str, facts: Facts) -> str:
-    if facts.on_gpu:
-        return "on GPUs every rank holds its own copy of the weights"
     if requested == "sharded":
-        return "it keeps layers in the memory of GPUs, and this launch uses the CPU, where 'host' shares them"
+        return (
+            "layers in the memory of other GPUs are not supported yet; 'host' shares them in the memory of the machine"
+        )
     return facts.cannot_share
 
 

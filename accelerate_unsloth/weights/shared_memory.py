@@ -61,12 +61,15 @@ class SharedMemory:
         return {"pid": os.getpid(), "descriptor": self._descriptor, "name": self._name, "nbytes": self._nbytes}
 
 
-def mapped(address: dict[str, Any]) -> torch.Tensor:
+def mapped(address: dict[str, Any], private: bool = True) -> torch.Tensor:
     """
-    Map the memory of a process of this node. What this process writes to it, the others do not see.
+    Map the memory of a process of this node.
 
     Args:
         address (`dict`): [`SharedMemory.address`] of a process that has not closed it.
+        private (`bool`, *optional*, defaults to `True`):
+            Whether what this process writes to it stays in this process. Memory that is pinned must not be private: pinning
+            copies private pages.
 
     Returns:
         `torch.Tensor` of shape `(nbytes,)` and type `uint8`.
@@ -88,7 +91,8 @@ def mapped(address: dict[str, Any]) -> torch.Tensor:
             "The processes of a node must run as one user and in one container. Else set "
             "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=replicated."
         ) from error
+    access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
     try:
-        return torch.frombuffer(mmap.mmap(descriptor, address["nbytes"], access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(descriptor, address["nbytes"], access=access), dtype=torch.uint8)
     finally:
         os.close(descriptor)

@@ -75,3 +75,12 @@ def test_the_balancing_loss_is_that_of_the_whole_step(runs):
 def test_unsloths_preparation_runs_once_a_node(runs):
     assert 22 in result(runs[2], rank=0)["mapped_rows"] + result(runs[1])["mapped_rows"]
     assert max(result(runs[2], rank=1)["mapped_rows"]) <= 8
+
+
+def test_unsloth_loads_and_adapts_a_model_whose_layers_are_away(unsloth_once):
+    """Unsloth's patches and LoRA read no frozen weight of a layer, which would raise an error."""
+    log = (unsloth_once / "fetched.txt").read_text()
+    assert (unsloth_once / "fetched.json").exists(), log[-3000:]
+    seen = json.loads((unsloth_once / "fetched.json").read_text())
+    assert seen == {"mode": "host", "shared": 14, "parameters": 39_072, "in_use": True}
+    assert (unsloth_once / "adapter" / "adapter_model.safetensors").exists()

@@ -1,6 +1,11 @@
 """Our wrappers around Unsloth's real loaders, as far as a CPU can tell; to be imported after Unsloth."""
 
 import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 
 def report() -> dict:
@@ -28,3 +33,54 @@ def report() -> dict:
         ],
         "inherited": engine.FastLanguageModel.for_inference is engine.unsloth.FastLanguageModel.for_inference,
     }
+
+
+def load_fetched(model_folder: str, out: Path) -> None:
+    """Load with our loader, on a GPU that is only pretended, with layers that are away, and write down what Unsloth made of it."""
+    import torch
+
+    pretend_gpu(torch)
+    os.environ["ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"] = "host"
+    from accelerate_unsloth.engines import checks
+    from accelerate_unsloth.engines.unsloth import FastLanguageModel
+    from accelerate_unsloth.weights import loading, placed_weights
+
+    checks.this_device = lambda: "cpu"
+    loading.computes_with_shared_copy = lambda device: False
+    options = {"max_seq_length": 64, "load_in_4bit": False, "dtype": torch.float32, "device_map": {"": "cpu"}}
+    model, _ = FastLanguageModel.from_pretrained(model_folder, **options)
+    layers = model.model.layers
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    FastLanguageModel.for_training(model)
+    model.save_pretrained(str(out / "adapter"))
+    layers._unsloth_block_swap.enter(1)
+    placed = placed_weights(model)
+    seen = {
+        "mode": placed.choice.mode,
+        "shared": len(placed.shared),
+        "parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        "in_use": torch.equal(layers[1].mlp.up_proj.base_layer.weight, stored(placed, layers[1].mlp.up_proj)),
+    }
+    (out / "fetched.json").write_text(json.dumps(seen))
+
+
+def stored(placed, layer):
+    return next(tensor.stored for tensor in placed.shared if tensor.module is layer.base_layer)
+
+
+def pretend_gpu(torch) -> None:
+    """Let Unsloth's loader find a GPU to ask for its name and memory, and put what it makes itself onto the CPU."""
+    properties = SimpleNamespace(name="none", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=132)
+    vars(torch.cuda).update(
+        get_device_properties=lambda *args: properties,
+        get_device_capability=lambda *args: (9, 0),
+        mem_get_info=lambda *args: (80 * 2**30, 80 * 2**30),
+        max_memory_reserved=lambda *args: 0,
+        current_device=lambda: 0,
+        synchronize=lambda *args: None,
+    )
+    for name, module in list(sys.modules.items()):
+        if name.startswith("unsloth") and hasattr(module, "get_current_device"):
+            module.get_current_device = lambda: torch.device("cpu")
+        if name.startswith("unsloth") and getattr(module, "DEVICE_TYPE_TORCH", None) == "cuda":
+            module.DEVICE_TYPE_TORCH = "cpu"

@@ -37,6 +37,9 @@ def main(model: str, experts: str, data: str, preferences: str, out: str) -> Non
         train(world_size, accumulation, model, experts, data, preferences, out / str(world_size))
     (out / "points.json").write_text(json.dumps(signatures.of(UNSLOTH_POINTS)))
     (out / "loaders.json").write_text(json.dumps(unsloth_loader.report()))
+    with (out / "fetched.txt").open("w") as log:
+        loading = by_fork.fork_rank(partial(unsloth_loader.load_fetched, model, out), 0, 1, by_fork.free_port(), log)
+        os.waitpid(loading, 0)
 
 
 if __name__ == "__main__":
