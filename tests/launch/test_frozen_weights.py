@@ -127,6 +127,20 @@ def test_layers_that_are_fetched_train_as_replicas_do(kind, recomputes, deep_mod
     assert trainable[0] == trainable[1]
 
 
+@pytest.mark.slow
+def test_passes_with_the_adapter_switched_off_fetch_too(deep_model, preference_data, tmp_path):
+    """Two forwards before a backward (DPO), two rows of a pair (reward), and the KL term's own forward (KTO)."""
+    for placement, fetch in (("replicated", False), ("host", True)):
+        options = {"trainers": ["dpo", "reward", "kto"], "fetch": fetch, "evaluate": True}
+        options["args"] = {"per_device_train_batch_size": 3, "max_steps": 4}
+        arguments = [deep_model, preference_data, tmp_path / placement, json.dumps(options)]
+        (tmp_path / placement).mkdir()
+        finished = launch(WORKERS / "preference.py", arguments, 2, environment={VARIABLE: placement}, timeout_s=300)
+        assert finished.status == 0, finished.output[-4000:]
+    for trainer in ("dpo", "reward", "kto"):
+        assert_equal(*[weights_of(tmp_path / placement / trainer) for placement in ("replicated", "host")])
+
+
 def test_nothing_stays_behind_a_killed_rank(tiny_model, uneven_data, tmp_path):
     before = {*Path("/dev/shm").iterdir()}
     provoke = {"what": "kill", "step": 1}

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.launch
 
 
 def train_on_two_machines(arguments, caches, **how):
-    """With a cache folder for each machine."""
-    environments = [{"HF_HOME": str(cache)} for cache in caches]
+    """With a cache folder for each machine, and one copy of the frozen weights on each."""
+    shared = {"ACCELERATE_UNSLOTH_FROZEN_WEIGHTS": "host"}
+    environments = [{"HF_HOME": str(cache), **shared} for cache in caches]
     return launch_two_machines(WORKERS / "train.py", arguments, environments, **how)
 
 
@@ -66,6 +67,7 @@ def test_two_machines_of_two_give_the_loss_curve_of_one_process(share_a_disk, on
     for rank in range(4):
         assert all(Path(file).is_relative_to(caches[rank // 2]) for file in result(folder, rank)["data_files"])
         assert result(folder, rank)["data_files"]
+        assert result(folder, rank)["shared"] == 14 * [True]
 
 
 # What is lost, on the machine of which rank, at the end of which step. Ranks 2 and 3 are the second machine's, and the

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 
 from accelerate_unsloth.trainers import log_probs  # plain TRL needs it on a CPU too
 from tests.workers.provoke import Provoke, limit_memory
-from tests.workers.train import ARGUMENTS
+from tests.workers.train import ARGUMENTS, fetch_layers
 
 log_probs.install()
 
@@ -72,6 +72,8 @@ def train(which: str, model_folder: str, data: str, out: Path, options: dict):
 
 
 def main(model: str, data: str, out: str, options: dict) -> None:
+    if options.get("fetch"):
+        fetch_layers()
     for which in options["trainers"]:
         folder = Path(out) / which
         folder.mkdir(exist_ok=True)

@@ -52,8 +52,8 @@ ARGUMENTS = {
 def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     out = Path(out)
     saves = count_saves()
-    if options.get("fetch"):  # as on a GPU
-        loading.computes_with_shared_copy = lambda device: False
+    if options.get("fetch"):
+        fetch_layers()
     model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=128, **options.get("load", {}))
     if not options.get("load", {}).get("full_finetuning"):
         model = FastLanguageModel.get_peft_model(
@@ -116,6 +116,11 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
     (out / f"result{rank}.json").write_text(json.dumps(seen))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"weights{rank}.safetensors")
+
+
+def fetch_layers() -> None:
+    """Copy layers that are shared before they run, as on a GPU."""
+    loading.computes_with_shared_copy = lambda device: False
 
 
 def count_saves() -> list[str]:
