@@ -2,7 +2,7 @@
 
 import pytest
 
-from .cases import PREFERENCES
+from .cases import PREFERENCES, VARIANTS
 from .comparing import (
     BF16_ROUNDING,
     CHANGE_OF_WEIGHTS,
@@ -38,6 +38,26 @@ def test_two_gpus_give_the_losses_gradients_and_weights_of_one(name, outcome, su
     suite.notes.append(f"one GPU against two, {name}: losses {loss:.1e}, norms {norms:.1e}, weights {changes:.2f}")
     assert_same_training(one, two)
     assert changes < CHANGE_OF_WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.cases(two=[name, f"lora-{name.rpartition('-')[2]}"]), id=name)
+        for name in VARIANTS
+    ],
+)
+def test_shared_weights_and_recomputation_change_nothing_but_the_memory(name, outcome, suite):
+    plain, other = outcome("two", f"lora-{name.rpartition('-')[2]}"), outcome("two", name)
+    assert_same_training(plain, other)
+    if name.startswith("host"):
+        assert (plain["frozen_weights"], other["frozen_weights"]) == ("replicated", "host")
+        suite.notes.append(
+            f"{name}: weights and adapters {other['weights_mib']:.0f} MiB, replicated {plain['weights_mib']:.0f}"
+        )
+        assert other["weights_mib"] < plain["weights_mib"]
+    else:
+        assert other["checkpointing"] == "10 of 30 layers"
 
 
 @pytest.mark.cases(two="lora-16bit")

@@ -75,6 +75,8 @@ def one_launch(run):
             trained("first"),
             broken("failing", [0, 1]),
             trained("again"),
+            trained("shared", frozen_weights="host"),
+            trained("partly", recompute_first=1),
             entry("frozen", "tests.gpu.cases.training:change_a_frozen_weight"),
         ]
     )
@@ -92,6 +94,17 @@ def test_a_case_leaves_the_next_one_nothing(one_launch):
     first, again = (one_launch[0][name][0]["value"] for name in ("first", "again"))
     assert len(first["losses"]) == 3
     assert again == first
+
+
+@pytest.mark.parametrize(
+    ("name", "different"),
+    [("shared", {"frozen_weights": "host"}), ("partly", {"checkpointing": "1 of 2 layers"})],
+)
+def test_shared_weights_and_partial_recomputation_change_no_loss(one_launch, name, different):
+    first, other = (one_launch[0][case][0]["value"] for case in ("first", name))
+    assert different.items() <= other.items()
+    assert other["losses"] == pytest.approx(first["losses"], rel=1e-5)
+    assert other["gradient_norms"] == pytest.approx(first["gradient_norms"], rel=1e-4)
 
 
 def test_scripts_run_one_after_the_other_in_one_process(one_launch):

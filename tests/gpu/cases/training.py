@@ -11,16 +11,21 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from accelerate_unsloth.engines import kernels
+from accelerate_unsloth.weights import placed_weights
+
 STEPS = 20
 
 
-def load(case, model="real", loader="FastLanguageModel", load=None, lora=None, compiles=True):
+def load(case, model="real", loader="FastLanguageModel", load=None, lora=None, compiles=True, frozen_weights="auto"):
     """The model with its adapters, unless all of it is trained, and its tokenizer."""
+    os.environ["ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"] = frozen_weights
     if not compiles:  # until the end of the case
         os.environ |= {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_COMPILE_DISABLE": "1"}
     loader, load = getattr(accelerate_unsloth, loader), {"load_in_4bit": False, "max_seq_length": 512} | (load or {})
     load["load_in_4bit"] &= case.on_gpu  # which the reference engine rejects
     loaded, tokenizer = loader.from_pretrained(case.material(model), **load)
+    del os.environ["ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"]
     if not load.get("full_finetuning"):
         loaded = loader.get_peft_model(loaded, **{"r": 8, "random_state": 0} | (lora or {}))
     return loaded, tokenizer
@@ -83,9 +88,10 @@ def describe(trainer) -> dict:
         "gradient_norms": [entry["grad_norm"] for entry in steps],
         "margins": [entry.get("rewards/margins") for entry in steps],
         "aux_losses": [entry.get("aux_loss") for entry in steps],
-        "checkpointing": trainer.plan.checkpointing.mode,
+        "checkpointing": trainer.plan.checkpointing.label,
         "checkpointing_reason": trainer.plan.checkpointing.reason,
         "micro_batch_reason": trainer.plan.micro_batch.reason,
+        "frozen_weights": placed_weights(trainer.model).choice.mode,
     }
 
 
@@ -99,6 +105,7 @@ def fine_tune(
     resume=None,
     fill_memory_of_rank=None,
     method="SFT",
+    recompute_first=None,
     **how,
 ):
     """
@@ -111,15 +118,20 @@ def fine_tune(
         resume (`str`): A checkpoint, below the folder of all launches.
         fill_memory_of_rank (`int`): A rank that runs short of GPU memory in the middle.
         method (`str`): The trainer's name.
+        recompute_first (`int`): Decoder layers that recompute their activations, as if nothing fitted with fewer.
         how: What [`load`] takes.
     """
     model, tokenizer = load(case, **how)
+    weights_mib = torch.cuda.memory_allocated() / 2**20 if case.on_gpu else 0
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()} if measure else {}
     callbacks = [FillMemory()] if fill_memory_of_rank == case.rank else []
     rows = rows_of(case) if method == "SFT" else preferences_of(case, method)
     evaluated = rows.select(range(15)) if evaluate else None
     trainer = make_trainer(case, model, tokenizer, rows, args, plugin, callbacks, evaluated, method)
+    if recompute_first:
+        fitting = kernels.layers_that_recompute(model) + 1 - recompute_first
+        trainer._planner._tokens_that_fit = lambda: [1] * recompute_first + [10**6] * fitting
     eval_losses = [trainer.evaluate()["eval_loss"]] if evaluate else []
     trainer.train(resume_from_checkpoint=str(case.shared / resume) if resume else None)
     if evaluate:
@@ -132,7 +144,8 @@ def fine_tune(
         model.save_pretrained_merged(str(case.out / "merged"), tokenizer, save_method="merged_16bit")
     devices = sorted({str(p.device) for p in model.parameters()})
     held = processes_by_gpu() if case.on_gpu else []
-    return describe(trainer) | {"eval_losses": eval_losses, "devices": devices, "processes_by_gpu": held}
+    seen = {"eval_losses": eval_losses, "devices": devices, "processes_by_gpu": held, "weights_mib": weights_mib}
+    return describe(trainer) | seen
 
 
 def processes_by_gpu() -> list[int]:
