@@ -152,12 +152,18 @@ class Reading:
 
 
 def read(device, fraction: float) -> Reading:
-    """Read how much memory PyTorch may use, if all processes on the GPU together may use `fraction` of it."""
+    """
+    Read how much memory PyTorch may use, if all processes on the GPU together may use `fraction` of it.
+
+    A limit that was set with `torch.cuda.set_per_process_memory_fraction` counts as the size of the GPU.
+    """
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    return Reading(limit_bytes=int(total * fraction) - others, used_bytes=torch.cuda.memory_allocated(device))
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device)
+    limit = min(total * fraction - others, allowed * fraction)
+    return Reading(limit_bytes=int(limit), used_bytes=torch.cuda.memory_allocated(device))
 
 
 def tokens_that_fit(

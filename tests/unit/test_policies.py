@@ -248,3 +248,23 @@ def test_a_watchdog_has_the_requested_timeout(requested_s, group_timeout_s, worl
 def test_a_watchdog_slower_than_the_process_group_is_rejected():
     with pytest.raises(ValueError, match=r"watchdog_timeout_s=3600, .* Set ddp_timeout=4500"):
         resolve_timeout(3600, 1800, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("others_gib", "allowed", "limit_gib"),
+    [(0, 1.0, 72), (10, 1.0, 62), (0, 0.3, 21.6), (60, 0.3, 12)],  # of 80 GiB, 0.9 of which may be used
+)
+def test_a_limit_of_pytorch_counts_as_the_size_of_the_gpu(others_gib, allowed, limit_gib, monkeypatch):
+    import torch
+
+    found = {
+        "mem_get_info": ((76 - others_gib) * budget.GIB, 80 * budget.GIB),
+        "memory_reserved": 4 * budget.GIB,
+        "memory_allocated": 3 * budget.GIB,
+        "get_per_process_memory_fraction": allowed,
+    }
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    reading = budget.read("cuda:0", 0.9)
+    assert reading.limit_bytes == pytest.approx(limit_gib * budget.GIB, rel=1e-6)
+    assert reading.left_bytes == pytest.approx((limit_gib - 3) * budget.GIB, rel=1e-6)

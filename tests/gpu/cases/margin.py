@@ -53,7 +53,7 @@ def fine_tune(
     Args:
         evaluate (`bool`): Whether to evaluate the longest samples after the second step and after the last.
         generate (`bool`): Whether to generate text after the second step.
-        cap_gib (`float`): What PyTorch may allocate beside the loaded model, which planning does not know of.
+        cap_gib (`float`): What PyTorch may allocate beside the loaded model, once the steps have been planned without it.
         neighbour_leaves_gib (`float`): What another process leaves of the GPU.
         neighbour_grows_at_step (`int`): Steps before it takes that; `0` is before the model is loaded.
     """
@@ -66,11 +66,9 @@ def fine_tune(
             load={"load_in_4bit": True, "max_seq_length": 2048},
             lora={"r": 16, "use_gradient_checkpointing": "unsloth"},
         )
-        if cap_gib and case.on_gpu:
-            cap_allocations(cap_gib)
         rows = training.rows_of(case, "long")
         longest = sorted(range(len(rows)), key=lambda index: -len(rows[index]["text"]))[:_EVALUATED]
-        watch = Watch(take if neighbour_grows_at_step else None, neighbour_grows_at_step, generate)
+        watch = Watch(take if neighbour_grows_at_step else None, neighbour_grows_at_step, generate, cap_gib)
         arguments = _ARGUMENTS | (_EVALUATION if evaluate else {})
         trainer = training.make_trainer(
             case, loaded, tokenizer, rows, arguments, plugin, [watch], evaluated=rows.select(longest)
@@ -123,13 +121,16 @@ def neighbour(case, leaves_gib: float | None):
 class Watch(TrainerCallback):
     """Measures the peak of training, and does in its middle what a case asks for."""
 
-    def __init__(self, take, take_at_step: int, generate: bool):
+    def __init__(self, take, take_at_step: int, generate: bool, cap_gib: float | None):
+        self._cap_gib = cap_gib
         self._take, self._take_at_step, self._generate = take, take_at_step, generate
         self.generated, self.recomputes, self.peak_gib = 0, None, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+            if self._cap_gib:
+                cap_allocations(self._cap_gib)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._take is not None and state.global_step == self._take_at_step:
