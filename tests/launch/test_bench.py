@@ -6,7 +6,9 @@ import sys
 
 import pytest
 from typer import BadParameter
+from typer.testing import CliRunner
 
+from accelerate_unsloth.commands import app, bench
 from accelerate_unsloth.commands.bench import make_data, show, work_of
 from accelerate_unsloth.commands.bench.runs import Run, Workload, figures, last_error, measure, pinned, plan
 from accelerate_unsloth.commands.bench.worker import tokens_of
@@ -156,6 +158,65 @@ def test_the_difference_of_losses_is_to_plain_with_the_same_effective_batch():
     assert show.loss_difference(run("ours", [2.0, 1.1]), results) == pytest.approx(0.1)
     assert show.loss_difference(results[2], results) is None
     assert show.loss_difference(run("ours", [2.0]), [failed]) is None
+
+
+def planned(monkeypatch, tmp_path, *options):
+    """The runs that the command would measure on two GPUs, and their workloads."""
+    found = []
+    monkeypatch.setattr(bench, "_measure_all", lambda *args: found.append(args))
+    words = [
+        "bench",
+        "--model",
+        str(tmp_path),
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path),
+        "--processes",
+        "1,2",
+    ]
+    finished = CliRunner().invoke(app, [*words, *options])
+    assert finished.exit_code == 0, finished.output
+    runs, works, described, _ = found[0]
+    return {run.name: (run, work) for run, work in zip(runs, works, strict=True)}, described
+
+
+def test_the_notebook_preset_has_their_batches_on_each_process(monkeypatch, tmp_path):
+    runs, described = planned(monkeypatch, tmp_path, "--preset", "notebook")
+    assert [*runs] == ["1 x plain, batch 2", "1 x ours", "2 x plain, batch 2", "2 x ours"]
+    for run, work in runs.values():
+        assert (run.batch, work.effective_batch) == (2, 8 * run.processes)
+        assert run.lora == {"use_gradient_checkpointing": "unsloth"}
+        assert work.steps == 100
+    assert described["equal_share"] is True
+
+
+def test_an_option_takes_precedence_over_its_preset(monkeypatch, tmp_path):
+    runs, _ = planned(
+        monkeypatch, tmp_path, "--preset", "notebook", "--steps", "7", "--effective-batch", "32", "--no-with-trl"
+    )
+    assert {(work.steps, work.effective_batch) for _, work in runs.values()} == {(7, 16), (7, 32)}
+
+
+def test_the_preset_of_small_gpus_limits_each_run_and_compares_recomputation(monkeypatch, tmp_path):
+    runs, _ = planned(monkeypatch, tmp_path, "--preset", "small-gpu", "--processes", "2")
+    ours = ["2 x ours", "2 x ours recomputing all layers", "2 x ours recomputing none"]
+    each = ["2 x plain, batch 2", "2 x plain, batch 4", *ours]
+    assert [*runs] == [f"{name}, {gib} GiB" for gib in (24, 16) for name in each]
+    for name, (run, _) in runs.items():
+        assert name.endswith(f"{run.gpu_gib:g} GiB")
+    settings = [run.environment.get("ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING") for run, _ in runs.values()]
+    assert settings == 2 * [None, None, None, "unsloth", "none"]
+
+
+def test_scaling_and_ratios_are_among_runs_with_the_same_memory():
+    def run(how, processes, rate, gpu_gib):
+        named = {"how": how, "processes": processes, "tokens_per_second": rate, "gpu_gib": gpu_gib}
+        return named | {"batch": 4, "environment": {}}
+
+    results = [run("plain", 2, 100, 24), run("plain", 2, 50, 16), run("ours", 1, 60, 24), run("ours", 1, 50, 16)]
+    assert show.ratio_to_plain(run("ours", 2, 100, 16), results) == 2
+    assert show.scaling(run("ours", 2, 100, 16), results) == 1
 
 
 # Plain runs import it as `unsloth`: the reference engine's loaders, and TRL's own trainers.

@@ -3,9 +3,30 @@
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
+
+
+class Preset(str, Enum):
+    NOTEBOOK = "notebook"
+    THROUGHPUT = "throughput"
+    SCALING = "scaling"
+    SMALL_GPU = "small-gpu"
+
+
+# Batch 2 x accumulation 4 on each process is what Unsloth's notebooks have.
+_NOTEBOOK_SAMPLES = 8
+_EVERY_PRESET = {"with_trl": False, "ablation": False}
+_PRESETS = {
+    Preset.NOTEBOOK: {
+        "plain_batches": "2", "batch": 2, "use_gradient_checkpointing": "unsloth", "equal_share": True, "steps": 100,
+    },
+    Preset.THROUGHPUT: {"steps": 160},
+    Preset.SCALING: {"plain_batches": "", "equal_share": True},
+    Preset.SMALL_GPU: {"plain_batches": "2,4", "batch": 4, "gpu_gib": "24,16"},
+}  # fmt: skip
 
 
 class Trainer(str, Enum):
@@ -16,6 +37,14 @@ class Trainer(str, Enum):
 
 
 def bench(
+    context: typer.Context,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            help="Options for one question: the settings of Unsloth's notebooks, plain at its best batch, 1 and all GPUs, or "
+            "GPUs of 24 and 16 GiB. Other options take precedence."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.png and each run's log.")] = Path(
         "bench"
     ),
@@ -43,43 +72,80 @@ def bench(
     equal_share: Annotated[
         bool, typer.Option(help="As many samples of a step on each process: --effective-batch is that of the most.")
     ] = False,
+    gpu_gib: Annotated[
+        str, typer.Option(help="Memory of each GPU that PyTorch may use, such as 24,16: every run with each.")
+    ] = "",
     ablation: Annotated[bool, typer.Option(help="Take our choices back one by one.")] = True,
     quick: Annotated[bool, typer.Option(help="A tiny model on CPU processes: a look at the command.")] = False,
 ) -> None:
     """Measure tokens/s, start-up, memory and losses of the same fine-tune in separate launches."""
-    from ...testing import tiny_model
-    from . import show
-    from .runs import Workload, measure, pinned, plan
+    chosen = _chosen(context, preset)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    counts = [1, 2] if quick else _counts(processes)
+    if preset is Preset.NOTEBOOK and _is_open(context, "effective_batch"):
+        chosen.effective_batch = _NOTEBOOK_SAMPLES * max(counts)
+    work, runs = _workload(chosen), _runs(chosen, counts)
+    most = [max(counts) if chosen.equal_share else run.processes for run in runs]
+    works = [work_of(run, work, processes) for run, processes in zip(runs, most, strict=True)]
+    _measure_all(runs, works, asdict(work) | {"equal_share": chosen.equal_share}, chosen.out)
 
-    out = out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    made = "tiny" if quick else model
-    folder = tiny_model.make_model(made, out / made) if made in tiny_model.DIMENSIONS else Path(model).absolute()
-    data = data or make_data(
-        out / "data.jsonl", trainer.value, 48 if quick else samples, *((4.0, 0.8) if quick else ())
-    )
-    if quick:
-        counts = [1, 2]
+
+def _chosen(context: typer.Context, preset: Preset | None) -> SimpleNamespace:
+    """Return all options: those of the preset where they were not given."""
+    defaults = _EVERY_PRESET | _PRESETS[preset] if preset else {}
+    of_preset = {name: value for name, value in defaults.items() if _is_open(context, name)}
+    chosen = SimpleNamespace(**context.params | of_preset)
+    chosen.out = chosen.out.absolute()
+    return chosen
+
+
+def _is_open(context: typer.Context, option: str) -> bool:
+    return context.get_parameter_source(option).name == "DEFAULT"
+
+
+def _workload(chosen):
+    """Return what all runs train, with a model and data that are made where none are given."""
+    from ...testing import tiny_model
+    from .runs import Workload
+
+    name = "tiny" if chosen.quick else chosen.model
+    made = name in tiny_model.DIMENSIONS
+    folder = tiny_model.make_model(name, chosen.out / name) if made else Path(name).absolute()
+    data, trainer = chosen.data, chosen.trainer.value
+    if data is None:
+        lengths = (4.0, 0.8) if chosen.quick else ()
+        data = make_data(chosen.out / "data.jsonl", trainer, 48 if chosen.quick else chosen.samples, *lengths)
+    if chosen.quick:
+        size = {"steps": 3, "effective_batch": 8, "max_length": 128, "load_in_4bit": False, "optim": "adamw_torch"}
+        return Workload(str(folder), str(data.absolute()), **size, cpu=True, trainer=trainer)
+    size = {name: getattr(chosen, name) for name in ("steps", "effective_batch", "max_length", "load_in_4bit")}
+    return Workload(str(folder), str(data.absolute()), **size, trainer=trainer)
+
+
+def _runs(chosen, counts: list[int]) -> list:
+    from .runs import limited, plan
+
+    if chosen.quick:
         runs = plan(counts, [], batch=2, with_trl=False, ablation=False)
-        work = Workload(
-            str(folder), str(data), 3, 8, 128, load_in_4bit=False, optim="adamw_torch", cpu=True, trainer=trainer.value
-        )
     else:
-        counts = [int(count) for count in processes.split(",") if count] or sorted({1, max(1, _gpus())})
-        sizes = [int(size) for size in plain_batches.split(",") if size]
-        runs = plan(counts, sizes, batch, with_trl, ablation)
-        work = Workload(
-            str(folder), str(data.absolute()), steps, effective_batch, max_length, load_in_4bit, trainer=trainer.value
-        )
-    if use_gradient_checkpointing:
-        asked_for = {"use_gradient_checkpointing": use_gradient_checkpointing}
-        runs = [replace(run, lora=run.lora | asked_for) for run in runs]
-    works = [work_of(run, work, max(counts) if equal_share else run.processes) for run in runs]
+        sizes = [int(size) for size in chosen.plain_batches.split(",") if size]
+        runs = plan(counts, sizes, chosen.batch, chosen.with_trl, chosen.ablation)
+    if limits := [float(gib) for gib in chosen.gpu_gib.split(",") if gib]:
+        runs = [run for gpu_gib in limits for run in limited(runs, gpu_gib)]
+    asked_for = {"use_gradient_checkpointing": chosen.use_gradient_checkpointing}
+    return [replace(run, lora=run.lora | asked_for) if all(asked_for.values()) else run for run in runs]
+
+
+def _measure_all(runs: list, works: list, described: dict, out: Path) -> None:
+    """Measure one run after the other, and write what there is after each; exit with status 1 if one failed."""
+    from . import show
+    from .runs import measure, pinned
+
     results = []
     for run, its_work in zip(runs, works, strict=True):
         typer.echo(f"{run.name} ...")
         results.append(measure(pinned(run, results), its_work, out / run.name.replace(" ", "_")))
-        show.write_json(results, asdict(work) | {"equal_share": equal_share}, out / "results.json")
+        show.write_json(results, described, out / "results.json")
     show.print_table(results)
     show.write_chart(results, out / "results.png")
     typer.echo(f"results.json and results.png are in {out}")
@@ -112,7 +178,8 @@ def work_of(run, work, most_processes: int):
     return replace(work, effective_batch=effective_batch)
 
 
-def _gpus() -> int:
+def _counts(processes: str) -> list[int]:
+    """Return the numbers of processes: those asked for, or 1 and all GPUs."""
     import torch
 
-    return torch.cuda.device_count()
+    return [int(count) for count in processes.split(",") if count] or sorted({1, max(1, torch.cuda.device_count())})

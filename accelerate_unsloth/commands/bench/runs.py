@@ -29,6 +29,12 @@ ABLATIONS = {
     "with Unsloth's checkpointing": ({"ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING": "unsloth"}, ()),
 }
 
+# What of the layers recompute, beside what we choose.
+RECOMPUTATION = {
+    "recomputing all layers": ({"ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING": "unsloth"}, ()),
+    "recomputing none": ({"ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING": "none"}, ()),
+}
+
 _EXCEPTION = re.compile(r"(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
 _OF_LAUNCHER = re.compile(r"[\w.]*(?:ChildFailedError|CalledProcessError)")
 
@@ -47,6 +53,7 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)  # our options
     lora: dict = field(default_factory=dict)  # further arguments of `get_peft_model`
     keeps: tuple[str, ...] = ()  # policies that are to be as the whole of ours chose them, see `pinned`
+    gpu_gib: float | None = None  # memory that PyTorch may use of each GPU
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,17 @@ def plan(
     return runs
 
 
+def limited(runs: list[Run], gpu_gib: float) -> list[Run]:
+    """Return runs on GPUs of which PyTorch may use so much, ours also with all layers and no layer recomputing."""
+    most = max(run.processes for run in runs)
+    whole = next(run for run in runs if run.how == "ours" and run.processes == most)
+    variants = [
+        replace(whole, name=f"{whole.name} {what}", environment=variables)
+        for what, (variables, _) in RECOMPUTATION.items()
+    ]
+    return [replace(run, name=f"{run.name}, {gpu_gib:g} GiB", gpu_gib=gpu_gib) for run in [*runs, *variants]]
+
+
 def pinned(run: Run, results: list[dict]) -> Run:
     """Set the policies that a run keeps to what the whole of ours, on as many processes, chose in `results`."""
     done = [r for r in results if r.get("how") == "ours" and "decisions" in r]
@@ -110,7 +128,7 @@ def measure(run: Run, work: Workload, out: Path, timeout_s: int = 3600) -> dict:
         `dict`: see [`figures`]; with the status as `"error"`, its `"reason"` and the end of the output if it failed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    options = asdict(work) | {"batch": run.batch, "lora": run.lora}
+    options = asdict(work) | {"batch": run.batch, "lora": run.lora, "gpu_gib": run.gpu_gib}
     worker = [
         str(Path(__file__).with_name("worker.py")),
         run.how,

@@ -76,7 +76,9 @@ def ratio_to_plain(result: dict, results: list[dict]) -> float | None:
     plain = [
         other["tokens_per_second"] or 0
         for other in results
-        if (other.get("how"), other.get("processes")) == ("plain", result["processes"]) and "error" not in other
+        if (other.get("how"), other.get("processes")) == ("plain", result["processes"])
+        and other.get("gpu_gib") == result.get("gpu_gib")
+        and "error" not in other
     ]
     best = max(plain, default=0)
     return result["tokens_per_second"] / best if best and result["tokens_per_second"] else None
@@ -106,7 +108,7 @@ def scaling(result: dict, results: list[dict]) -> float | None:
     alike = [
         other
         for other in results
-        if all(other.get(name) == result[name] for name in ("how", "environment"))
+        if all(other.get(name) == result.get(name) for name in ("how", "environment", "gpu_gib"))
         and other.get("tokens_per_second")
         and (result["how"] == "ours" or other["batch"] == result["batch"])
     ]

@@ -38,12 +38,22 @@ def load(how: str, model_folder: str, options: dict):
         from accelerate_unsloth import FastLanguageModel
     classes = trainer_classes(how, options["trainer"])
     stamp("imported")
+    limit_memory(options["gpu_gib"])
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_folder, max_seq_length=options["max_length"], load_in_4bit=options["load_in_4bit"]
     )
     stamp("loaded")
     adapters = {"r": 16, "lora_alpha": 16, "random_state": 0} | options.get("lora", {})
     return FastLanguageModel.get_peft_model(model, **adapters), tokenizer, *classes
+
+
+def limit_memory(gpu_gib: float | None) -> None:
+    """Let PyTorch use so much of this process's GPU."""
+    if gpu_gib is None:
+        return
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(gpu_gib * 2**30 / torch.cuda.mem_get_info()[1])
 
 
 def trainer_classes(how: str, trainer: str) -> tuple[type, type]:
@@ -75,6 +85,7 @@ def load_trl(model_folder: str, options: dict):
 
     classes = trainer_classes("trl", options["trainer"])
     stamp("imported")
+    limit_memory(options["gpu_gib"])
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     quantized = {}
     if options["load_in_4bit"]:
