@@ -186,6 +186,27 @@ def test_what_is_not_possible_is_rejected_once(options, placement, message, tiny
     assert VARIABLE in finished.output
 
 
-def test_4bit_weights_are_quantized_and_read_once_per_node(tiny_model, tmp_path):
-    finished = launch(WORKERS / "shared_4bit.py", [tiny_model, tmp_path], 2)
+def test_4bit_and_incomplete_checkpoints_load_as_replicas_do(tiny_model, tmp_path):
+    finished = launch(WORKERS / "shared_loading.py", [tiny_model, tmp_path], 2)
     assert finished.status == 0, finished.output[-4000:]
+
+
+UNREADABLE = """
+import os, sys
+from accelerate_unsloth import FastLanguageModel
+from accelerate_unsloth.weights.checkpoint import LayeredCheckpoint
+
+def unreadable(self, index):
+    raise OSError(f"layer {index} cannot be read")
+
+if os.environ["RANK"] == "1":
+    LayeredCheckpoint.read_layer = unreadable
+FastLanguageModel.from_pretrained(sys.argv[1])
+"""
+
+
+def test_a_layer_that_one_rank_cannot_read_ends_all_with_one_message(tiny_model, tmp_path):
+    (tmp_path / "script.py").write_text(UNREADABLE)
+    finished = launch(tmp_path / "script.py", [tiny_model], 2, environment={VARIABLE: "host"}, timeout_s=60)
+    assert finished.status != 0
+    assert finished.output.count("OSError: layer 1 cannot be read") == 1

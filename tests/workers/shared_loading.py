@@ -1,9 +1,11 @@
 """
-Load a model in 4 bits twice, replicated and shared, and compare what transformers makes of the weights.
+Load models twice, replicated and shared, and compare what transformers makes of their weights: in 4 bits, and with a weight
+that the checkpoint lacks and one that the model does not know.
 
-    shared_4bit.py MODEL_FOLDER WORK_FOLDER
+    shared_loading.py MODEL_FOLDER WORK_FOLDER
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from accelerate_unsloth.engines.select import choice
 # isort: split
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from accelerate_unsloth.launch.channel import channel
@@ -20,6 +23,7 @@ from accelerate_unsloth.reliability.checksum import bit_sums
 from accelerate_unsloth.weights import placed_weights
 from accelerate_unsloth.weights.loading import placing
 
+LAYER = "model.layers.1"
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
 )
@@ -38,6 +42,18 @@ def dequantized(model) -> dict[str, torch.Tensor]:
     return weights
 
 
+def compare_incomplete(folder: str) -> None:
+    """The missing weight is drawn at random, from the same state, and both loads report the same."""
+    found = []
+    for placement in ("replicated", "host"):
+        torch.manual_seed(7)
+        model, report = load(folder, placement, output_loading_info=True)
+        found.append((bit_sums(dict(model.named_parameters())), report))
+    assert found[0] == found[1], found
+    assert found[1][1]["missing_keys"] == {f"{LAYER}.mlp.up_proj.weight"}
+    assert found[1][1]["unexpected_keys"] == {f"{LAYER}.extra.weight"}
+
+
 def compare(folder: str, **options) -> None:
     replicated, shared = load(folder, "replicated", **options), load(folder, "host", **options)
     placed = placed_weights(shared)
@@ -53,11 +69,17 @@ def compare(folder: str, **options) -> None:
 def main(model: str, out: str) -> None:
     assert choice.name == "reference"
     compare(model, quantization_config=NF4)
-    quantized = str(Path(out) / "quantized")
+    quantized, incomplete = (str(Path(out) / name) for name in ("quantized", "incomplete"))
     if topology().is_main:
         load(model, "replicated", quantization_config=NF4).save_pretrained(quantized)
-    channel().gather("quantized", True)
+        shutil.copytree(model, incomplete)
+        file = Path(incomplete) / "model.safetensors"
+        tensors = load_file(file)
+        tensors[f"{LAYER}.extra.weight"] = tensors.pop(f"{LAYER}.mlp.up_proj.weight")
+        save_file(tensors, file, metadata={"format": "pt"})
+    channel().gather("written", True)
     compare(quantized)
+    compare_incomplete(incomplete)
 
 
 if __name__ == "__main__":
