@@ -17,6 +17,9 @@ def estimate_memory(
     num_gpus: Annotated[int, typer.Option(min=1, help="Number of processes, one per GPU.")] = 1,
     r: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     optim: Annotated[str, typer.Option(help="The Trainer's optimizer.")] = "adamw_8bit",
+    frozen_weights: Annotated[
+        str, typer.Option(help="replicated, or host: layers in the machine's memory, experimental on GPUs.")
+    ] = "replicated",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the micro-batch whose peak is shown.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -24,10 +27,12 @@ def estimate_memory(
     from ..memory import model_sizes
     from ..memory.estimate import estimate
 
+    if frozen_weights not in ("replicated", "host"):
+        raise typer.BadParameter(f"{frozen_weights!r} is neither replicated nor host", param_hint="--frozen-weights")
     try:
         shape = model_sizes.resolve(model_name).shape
         estimates = {
-            case: estimate(shape, case[0] == 4, r, optim, checkpointing=case[1], num_gpus=num_gpus) for case in _CASES
+            case: estimate(shape, case[0] == 4, r, optim, case[1], num_gpus, frozen_weights) for case in _CASES
         }
     except ValueError as error:
         typer.echo(str(error), err=True)
@@ -67,6 +72,8 @@ def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> Non
     table.add_section()
     table.add_row("KiB per token", *(f"{found.token_kib:,.0f}" for found in estimates.values()))
     table.add_row(f"peak at {tokens:,} tokens", *(f"{found.peak_gib(tokens):.2f}" for found in estimates.values()))
+    if any(found.host_gib for found in estimates.values()):
+        table.add_row("host memory, once", *(f"{found.host_gib:.2f}" for found in estimates.values()))
     largest = (found.largest_micro_batch(gpu_gib) for found in estimates.values())
     table.add_row(f"most tokens in 0.9 of {gpu_gib:g} GiB", *(f"{most:,}" if most else "none" for most in largest))
     console = Console()

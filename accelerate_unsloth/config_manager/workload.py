@@ -63,6 +63,10 @@ class Workload:
             **({"experts": EXPERTS_NOTE} if self.shape.has_experts else {}),
         }
 
+    def _host_gib(self) -> float:
+        shared = estimate(self.shape, self.load_in_4bit, self.r, self.optim, frozen_weights="host")
+        return shared.host_gib
+
     def _does_not_fit(self, recompute: bool) -> str:
         held, tokens = self.estimate(recompute), self.max_seq_length
         peak_gib, limit_gib = held.most_gib(tokens), self.gpu_gib * self.fraction
@@ -79,5 +83,6 @@ class Workload:
             f"holds {items}, and {peak_gib - held.resting_gib:.2f} activations of a sample of {tokens:,} tokens, "
             f"{'recomputed' if recompute else 'kept'}. That is {peak_gib:.2f}, and {self.fraction:g} of the memory is "
             f"{limit_gib:.2f}. To make it fit, {', '.join(fixes[:-1])} or {fixes[-1]}. More GPUs do not help, because each holds "
-            "the whole model."
+            f"the whole model, unless ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=host keeps the layers in {self._host_gib():.1f} GiB of the "
+            "machine's memory, which is experimental."
         )

@@ -11,6 +11,10 @@ EXPERTS_NOTE = (
     "dense layer as wide as the active experts"
 )
 
+# Slots of `weights.fetching`, and the part of 4-bit weights that stays on the GPU: their constants.
+FETCHED_LAYERS = 3
+_CONSTANTS_BYTES = budget.NF4_BYTES - 0.5
+
 # Two chunks of `reduction.CHUNK_BYTES`, which is not imported because it brings PyTorch.
 REDUCTION_BYTES = 2 * 2**26
 
@@ -22,7 +26,7 @@ ITEMS = ("weights", "adapters", "gradients", "optimizer", "reduction", "workspac
 class Estimate:
     """Memory of one GPU, by item."""
 
-    weights_gib: float  # with the constants of quantization
+    weights_gib: float  # with the constants of quantization, and with slots where layers are fetched from the host
     adapters_gib: float  # in 32 bits
     gradients_gib: float
     optimizer_gib: float
@@ -32,6 +36,7 @@ class Estimate:
     token_kib: float  # activations per token in the layers, without those of the loss
     shape: ModelShape
     checkpointing: bool  # whether activations are recomputed
+    host_gib: float = 0.0  # of the machine, for the layers that its GPUs share
 
     @property
     def resting_gib(self) -> float:
@@ -58,15 +63,20 @@ def estimate(
     optim: str = "adamw_8bit",
     checkpointing: bool = True,
     num_gpus: int = 1,
+    frozen_weights: str = "replicated",
 ) -> Estimate:
     """
     Estimate a LoRA fine-tune with Unsloth; raise `ValueError` for an optimizer that the Trainer does not know.
 
     Embeddings stay in 16 bits, and adapters of rank `r` are on all linear layers. `checkpointing` is Unsloth's, with
-    offloading.
+    offloading. With `frozen_weights="host"` the layers are in the memory of the machine, and a GPU holds a few at a time.
     """
     adapters, working_bytes = shape.lora_values(r), shape.working_bytes
-    linear_bytes = shape.stored_linear_values * (budget.NF4_BYTES if load_in_4bit else 2)
+    linear_bytes, host_bytes = shape.stored_linear_values * (budget.NF4_BYTES if load_in_4bit else 2), 0.0
+    if frozen_weights == "host":
+        constants = shape.stored_linear_values * _CONSTANTS_BYTES if load_in_4bit else 0.0
+        host_bytes = linear_bytes
+        linear_bytes = constants + FETCHED_LAYERS * (linear_bytes - constants) / shape.layers
     return Estimate(
         weights_gib=(linear_bytes + 2 * shape.embedding_values) / GIB,
         adapters_gib=4 * adapters / GIB,
@@ -78,4 +88,5 @@ def estimate(
         token_kib=(working_bytes if checkpointing else working_bytes + shape.kept_bytes) / 1024,
         shape=shape,
         checkpointing=checkpointing,
+        host_gib=host_bytes / GIB,
     )

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from accelerate_unsloth import reduction
 from accelerate_unsloth.commands import app
+from accelerate_unsloth.memory import budget, model_sizes
 from accelerate_unsloth.memory.budget import GIB, ModelShape
-from accelerate_unsloth.memory.estimate import estimate
+from accelerate_unsloth.memory.estimate import FETCHED_LAYERS, estimate
 from accelerate_unsloth.memory.model_sizes import KNOWN
 from accelerate_unsloth.memory.optimizer_state import state_bytes, state_bytes_or_adams
 from accelerate_unsloth.testing.tiny_model import DIMENSIONS, VOCABULARY
+from accelerate_unsloth.weights import fetching
 
 from ..launching import ROOT, clean_environment
 
@@ -162,3 +164,20 @@ def test_the_command_takes_a_size_and_needs_no_model_for_it():
     assert finished.returncode == 0, finished.stderr
     shape = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
     assert json.loads(finished.stdout)[0]["largest_micro_batch_tokens"] == estimate(shape).largest_micro_batch(24)
+
+
+def test_layers_in_the_memory_of_the_machine_leave_three_and_their_constants_on_the_gpu():
+    assert fetching.SLOTS == FETCHED_LAYERS
+    shape = model_sizes.resolve("70B").shape
+    for in_4bit in (True, False):
+        whole, shared = (estimate(shape, in_4bit, frozen_weights=where) for where in ("replicated", "host"))
+        layers_gib = shape.stored_linear_values * (budget.NF4_BYTES if in_4bit else 2) / GIB
+        assert shared.host_gib == pytest.approx(layers_gib)
+        assert whole.host_gib == 0
+        on_gpu_gib = shared.weights_gib - 2 * shape.embedding_values / GIB
+        constants_gib = shape.stored_linear_values * (1 / 64 + 4 / (64 * 256)) / GIB if in_4bit else 0
+        assert on_gpu_gib == pytest.approx(constants_gib + 3 / 80 * (layers_gib - constants_gib))
+    # The model that FSDP-QLoRA is known for: 4 bits, GPUs of 24 GiB.
+    fits = [estimate(shape, frozen_weights=where).largest_micro_batch(24) for where in ("replicated", "host")]
+    assert fits[0] == 0
+    assert fits[1] > 4096
