@@ -11,6 +11,7 @@ from ..reliability import rank0_writes
 from ..reporting.verbosity import muted_prints
 from ..weights import placed_weights
 from ..weights.decoder import find_layers
+from ..weights.fetching import fetch_weights_of
 from ..weights.loading import placing
 from . import checks
 from .garbage import frozen_import
@@ -70,11 +71,25 @@ class _FetchingDecoder:
         """Do nothing: the next layer replaces this one."""
 
 
-def _let_fast_decoding_fetch(model) -> None:
+def _let_others_fetch(model) -> None:
     placed = placed_weights(model)
     if placed is not None and placed.fetcher is not None:
         layers = model.get_submodule(find_layers(model)[0].path.rpartition(".")[0])
         layers._unsloth_block_swap = _FetchingDecoder(placed.fetcher)
+        _fetch_before_merging()
+
+
+def _fetch_before_merging() -> None:
+    """Let Unsloth's merging, which reads weights one by one, find those of a layer that is away (2026.10.9, `save.py`)."""
+    merge = unsloth.save._merge_lora
+
+    @functools.wraps(merge)
+    def fetched_and_merged(layer, *args, **kwargs):
+        fetch_weights_of(layer)
+        return merge(layer, *args, **kwargs)
+
+    if not patch_log.holds(unsloth.save, "_merge_lora"):
+        patch_log.patch(unsloth.save, "_merge_lora", fetched_and_merged)
 
 
 def _for_several_processes(base):
@@ -94,7 +109,7 @@ def _for_several_processes(base):
             trains_all = bool(kwargs.get("full_finetuning"))
             with muted_prints(), placing(placement, checks.this_device(), trains_all):
                 model, tokenizer = base.from_pretrained(*args, **kwargs)
-            _let_fast_decoding_fetch(model)
+            _let_others_fetch(model)
             if topology().world_size > 1:
                 checks.check_placement((p.device for p in model.parameters()), checks.this_device())
             setattr(model, _ASKED_FOR, kwargs.get("use_gradient_checkpointing"))

@@ -23,6 +23,17 @@ SLOTS = 3
 _GRANULE = 256  # bytes; slots are multiples of it, so that they can be viewed as any type
 
 
+# An attribute of modules that hold fetched weights.
+_FETCH = "_accelerate_unsloth_fetch"
+
+
+def fetch_weights_of(module: nn.Module) -> None:
+    """Let the weights of a module, or of the one that its adapter wraps, be there until another layer is used."""
+    fetch = getattr(getattr(module, "base_layer", module), _FETCH, None)
+    if fetch is not None:
+        fetch()
+
+
 @dataclass(frozen=True)
 class FetchedTensor:
     """A parameter of `module`, and where it is in the bytes of its layer."""
@@ -132,6 +143,7 @@ class Fetcher:
         layer.module.register_forward_pre_hook(functools.partial(self._before_layer, layer))
         layer.module.register_forward_hook(functools.partial(self._after_layer, layer))
         for module in {id(tensor.module): tensor.module for tensor in layer.tensors}.values():
+            setattr(module, _FETCH, functools.partial(self.use, layer.index))
             saving = []  # contexts of this module, entered and not left
             module.register_forward_pre_hook(functools.partial(self._before_weights, saving))
             module.register_forward_hook(functools.partial(self._after_weights, saving), always_call=True)

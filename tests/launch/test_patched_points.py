@@ -91,6 +91,7 @@ POINTS = {
 }  # fmt: skip
 
 UNSLOTH_POINTS = {
+    "unsloth.save:_merge_lora": ["layer", "name"],
     "unsloth:FastLanguageModel.from_pretrained": ["model_name", "device_map"],
     "unsloth:FastLanguageModel.get_peft_model": ["model"],
     "unsloth:FastModel.from_pretrained": ["model_name", "device_map"],

@@ -47,7 +47,7 @@ def load_fetched(model_folder: str, out: Path) -> None:
 
     checks.this_device = lambda: "cpu"
     loading.computes_with_shared_copy = lambda device: False
-    options = {"max_seq_length": 64, "load_in_4bit": False, "dtype": torch.float32, "device_map": {"": "cpu"}}
+    options = {"max_seq_length": 64, "load_in_4bit": False, "dtype": torch.float16, "device_map": {"": "cpu"}}
     model, _ = FastLanguageModel.from_pretrained(model_folder, **options)
     layers = model.model.layers
     model = FastLanguageModel.get_peft_model(model, r=4)
@@ -55,11 +55,18 @@ def load_fetched(model_folder: str, out: Path) -> None:
     model.save_pretrained(str(out / "adapter"))
     layers._unsloth_block_swap.enter(1)
     placed = placed_weights(model)
+    in_use = torch.equal(layers[1].mlp.up_proj.base_layer.weight, stored(placed, layers[1].mlp.up_proj))
+    away = layers[0].mlp.up_proj
+    with torch.no_grad():
+        torch.nn.init.normal_(away.lora_B["default"].weight)
+        merged, _ = sys.modules["unsloth.save"]._merge_lora(away, "up_proj")
+        change = away.lora_B["default"].weight @ away.lora_A["default"].weight * away.scaling["default"]
     seen = {
+        "merged": torch.allclose(merged.float(), stored(placed, away).float() + change.float(), atol=1e-2),
         "mode": placed.choice.mode,
         "shared": len(placed.shared),
         "parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        "in_use": torch.equal(layers[1].mlp.up_proj.base_layer.weight, stored(placed, layers[1].mlp.up_proj)),
+        "in_use": in_use,
     }
     (out / "fetched.json").write_text(json.dumps(seen))
 
