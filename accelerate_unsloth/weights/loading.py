@@ -47,17 +47,19 @@ def placing(requested: str, device: str, trains_all: bool = False) -> Iterator[N
 
     load, warm_up = modeling_utils.convert_and_load_state_dict_in_model, modeling_utils.caching_allocator_warmup
 
-    def resolve(model, layers: list[DecoderLayer]) -> placement.PlacementChoice:
-        return placement.resolve(requested, _facts(model, layers, device, trains_all))
+    def resolve(model, layers: list[DecoderLayer], device_map) -> placement.PlacementChoice:
+        why = "all weights are trained, and each rank changes its own" if trains_all else ""
+        facts = _facts(model, layers, device, why or _why_not_shared(model, layers, device_map))
+        return placement.resolve(requested, facts)
 
-    def warm_up_if_replicated(model, *args, **kwargs):
+    def warm_up_if_replicated(model, device_map, *args, **kwargs):
         """It would allocate the whole model on the GPU before anything is read."""
-        if resolve(model, find_layers(model)).mode == "replicated":
-            warm_up(model, *args, **kwargs)
+        if resolve(model, find_layers(model), device_map).mode == "replicated":
+            warm_up(model, device_map, *args, **kwargs)
 
     def place_and_load(model, state_dict, load_config, disk_offload_index=None):
         layers = find_layers(model)
-        choice = resolve(model, layers)
+        choice = resolve(model, layers, load_config.device_map)
         if choice.mode == "replicated":
             attach(model, PlacedWeights(choice))
             return load(model, state_dict, load_config, disk_offload_index)
@@ -80,17 +82,27 @@ def computes_with_shared_copy(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _facts(model, layers: list[DecoderLayer], device: str, trains_all: bool) -> placement.Facts:
+def _why_not_shared(model, layers: list[DecoderLayer], device_map) -> str:
+    """Return why the layers of a model cannot be shared, as a clause; empty if they can."""
+    if not layers:
+        return f"the decoder layers of {type(model).__name__} were not found"
+    if len({str(device) for device in (device_map or {}).values()}) > 1:
+        return "device_map spreads the model over several devices"
+    kinds = {type(model.get_parameter(name)).__name__ for layer in layers for name in layer.parameters}
+    others = sorted(kinds - {"Parameter", "Params4bit"})
+    return f"weights of the type {', '.join(others)} are not supported" if others else ""
+
+
+def _facts(model, layers: list[DecoderLayer], device: str, cannot_share: str) -> placement.Facts:
     sizes = {name: _loaded_bytes(model, name, p) for name, p in model.named_parameters()}
     layer_bytes = sum(sizes[name] for layer in layers for name in layer.parameters)
-    cannot_share = "" if layers else f"the decoder layers of {type(model).__name__} were not found"
     return placement.Facts(
         layer_bytes=int(layer_bytes),
         other_bytes=int(sum(sizes.values()) - layer_bytes),
         local_world_size=topology().local_world_size,
         host_bytes=placement.host_bytes(),
-        on_gpu=device != "cpu",
-        cannot_share="all weights are trained, and each rank changes its own" if trains_all else cannot_share,
+        device_bytes=None if device == "cpu" else placement.device_bytes(),
+        cannot_share=cannot_share,
     )
 
 

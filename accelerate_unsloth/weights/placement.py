@@ -13,8 +13,8 @@ import psutil
 _GIB = 2**30
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
-# Part of the machine's memory that copies of the weights may take; libraries, data and activations need the rest.
-_HOST_FRACTION = 0.7
+# Part of the machine's and of a GPU's memory that weights may take; libraries, data and activations need the rest.
+_HOST_FRACTION, _DEVICE_FRACTION = 0.7, 0.85
 
 VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
 
@@ -27,7 +27,7 @@ class Facts:
     other_bytes: int  # embeddings, head and the rest, which every rank holds
     local_world_size: int
     host_bytes: int  # memory of this machine, or of the container
-    on_gpu: bool = False
+    device_bytes: int | None = None  # memory of the smallest GPU of this process's machine; None on a CPU
     cannot_share: str = ""  # why the layers cannot be shared, as one clause
 
 
@@ -60,13 +60,8 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
             raise ValueError(f"frozen_weights={requested!r} is not possible: {why}. Set {VARIABLE}=replicated.")
         return PlacementChoice("replicated", why)
     processes, model_bytes = facts.local_world_size, facts.layer_bytes + facts.other_bytes
-    if requested == "auto" and facts.on_gpu:
-        return PlacementChoice("replicated", "on GPUs, layers are shared only where that is asked for")
-    if requested == "auto" and processes == 1:
-        return PlacementChoice("replicated", "one process on this machine")
-    if requested == "auto" and processes * model_bytes <= _HOST_FRACTION * facts.host_bytes:
-        copies = f"{processes} copies of {_size(model_bytes)} fit the {_size(facts.host_bytes)} of this machine"
-        return PlacementChoice("replicated", copies)
+    if requested == "auto" and (why := _why_replicated(model_bytes, facts)):
+        return PlacementChoice("replicated", why)
     needed = facts.layer_bytes + processes * facts.other_bytes
     if needed > facts.host_bytes:
         raise MemoryError(
@@ -75,7 +70,25 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
             f"{_size(facts.host_bytes)}. Use a smaller model or type, fewer processes, or a machine with more memory."
         )
     shared = f"one copy of {_size(facts.layer_bytes)} of decoder layers for all processes of this machine"
-    return PlacementChoice("host", shared if requested == "auto" else f"asked for; {shared}")
+    if requested == "host":
+        return PlacementChoice("host", f"asked for; {shared}")
+    if facts.device_bytes is not None:
+        shared = f"{_size(model_bytes)} of weights leave no room on {_size(facts.device_bytes)}; {shared}"
+    return PlacementChoice("host", shared)
+
+
+def _why_replicated(model_bytes: int, facts: Facts) -> str:
+    """Return why each rank gets its own copy, as a clause; empty if copies do not fit."""
+    processes = facts.local_world_size
+    if facts.device_bytes is not None:
+        fits = model_bytes <= _DEVICE_FRACTION * facts.device_bytes
+        return f"{_size(model_bytes)} of weights fit {_size(facts.device_bytes)}" if fits else ""
+    if processes == 1:
+        return "one process on this machine"
+    fits = processes * model_bytes <= _HOST_FRACTION * facts.host_bytes
+    return (
+        f"{processes} copies of {_size(model_bytes)} fit the {_size(facts.host_bytes)} of this machine" if fits else ""
+    )
 
 
 def _why_impossible(requested: str, facts: Facts) -> str:
@@ -91,6 +104,14 @@ def host_bytes() -> int:
     total = psutil.virtual_memory().total
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def device_bytes() -> int:
+    """Return the memory of the smallest GPU that this process sees, or what PyTorch may use of it."""
+    import torch
+
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return int(min(sizes) * torch.cuda.get_per_process_memory_fraction())
 
 
 def _size(nbytes: float) -> str:

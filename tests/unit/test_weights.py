@@ -12,6 +12,7 @@ from accelerate_unsloth.reliability import agreement
 from accelerate_unsloth.weights import PlacedWeights, SharedTensor, attach, placement
 from accelerate_unsloth.weights.decoder import find_layers
 from accelerate_unsloth.weights.layout import Piece
+from accelerate_unsloth.weights.loading import _why_not_shared
 from accelerate_unsloth.weights.placement import Facts, resolve
 from accelerate_unsloth.weights.shared_memory import SharedMemory, mapped
 
@@ -30,7 +31,10 @@ SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vo
         (replace(FACTS, local_world_size=4), "host"),
         (replace(FACTS, host_bytes=40 * GIB), "host"),
         (replace(FACTS, host_bytes=40 * GIB, cannot_share="no layers were found"), "replicated"),
-        (replace(FACTS, host_bytes=40 * GIB, on_gpu=True), "replicated"),
+        (replace(FACTS, host_bytes=40 * GIB, device_bytes=80 * GIB), "replicated"),
+        (replace(FACTS, device_bytes=24 * GIB), "host"),
+        (replace(FACTS, device_bytes=24 * GIB, local_world_size=1), "host"),
+        (replace(FACTS, device_bytes=24 * GIB, cannot_share="no layers were found"), "replicated"),
         (replace(FACTS, host_bytes=40 * GIB, local_world_size=1), "replicated"),
     ],
 )
@@ -130,6 +134,21 @@ def test_tied_weights_are_not_shared():
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     model.all_tied_weights_keys = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
     assert all("mlp.up_proj.weight" not in name for layer in find_layers(model) for name in layer.parameters)
+
+
+class Int8Params(torch.nn.Parameter):
+    """As those of bitsandbytes, whose constants are elsewhere."""
+
+
+def test_layers_are_not_shared_where_they_are_spread_or_of_an_unknown_kind():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    layers = find_layers(model)
+    assert _why_not_shared(model, layers, None) == _why_not_shared(model, layers, {"": "cuda:1"}) == ""
+    assert "several devices" in _why_not_shared(model, layers, {"model.layers.0": 0, "model.layers.1": 1})
+    assert "were not found" in _why_not_shared(model, [], None)
+    up_proj = model.model.layers[1].mlp.up_proj
+    up_proj.weight = Int8Params(up_proj.weight.data)
+    assert "of the type Int8Params" in _why_not_shared(model, layers, None)
 
 
 # ---- The comparison of ranks ----
