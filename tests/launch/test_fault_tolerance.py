@@ -1,4 +1,4 @@
-"""Failures of a long run, provoked for real: killed processes, a full disk. See docs/reliability.md."""
+"""Failures of a long run, provoked for real: killed processes, a full disk. See docs/fault_tolerance.md."""
 
 import json
 import multiprocessing
