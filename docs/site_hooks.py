@@ -17,6 +17,8 @@ INSTEAD = {source: page for page, source in PAGES.items()} | {"README.md": "inde
 
 _LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 _REFERENCE = re.compile(r"\[`~?(?:\w+\.)*(\w+)`\]")
+_RETURNED = re.compile(r"(Returns:\n +)`([^`]+)`:")
+_SEVERAL = re.compile(r"^( +)(\w+ \([^)]*\)(?:, \w+ \([^)]*\))+):(.*(?:\n\1 +.*)*)", re.MULTILINE)
 _TYPE = re.compile(r"^( +\w+) \((`.*)\):", re.MULTILINE)
 
 
@@ -51,10 +53,17 @@ class Docstrings(Extension):
         if obj.docstring is None:
             return
         text = _REFERENCE.sub(r"`\1`", obj.docstring.value)
-        text = text.replace("    {options}", "    options (str): All are on the page *Options*.")
+        text = _RETURNED.sub(r"\1\2:", text).replace("Args:\n    {options}\n", "")
+        text = _SEVERAL.sub(_one_entry_each, text)
         obj.docstring.value = _TYPE.sub(lambda line: f"{line[1]} ({_plain_type(line[2])}):", text)
 
 
 def _plain_type(words: str) -> str:
     """Return a type without markup; the signature shows what is optional."""
     return words.split(", *optional*")[0].replace("`", "")
+
+
+def _one_entry_each(found: re.Match) -> str:
+    """Return an entry for each of several arguments that share a description."""
+    indent, names, description = found.groups()
+    return "\n".join(f"{indent}{name}:{description}" for name in re.split(r"(?<=\)), ", names))

@@ -54,6 +54,7 @@ class EpochStats:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of all ranks per second, data loading included."""
         return self.num_tokens / self.elapsed_s
 
     @property

@@ -154,7 +154,8 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
 
     def train(self, *args, **kwargs):
         """
-        As the Trainer's. SIGTERM and Ctrl-C finish the step and save one checkpoint.
+        Train as the Trainer does. SIGTERM and Ctrl-C finish the step and save one checkpoint, and
+        `resume_from_checkpoint="auto"` resumes from the newest complete checkpoint if there is one.
 
         Raises:
             SystemExit: with 128 + the signal's number, after such a stop.

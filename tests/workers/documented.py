@@ -1,10 +1,11 @@
 """
-Run the Python blocks of pages, page by page: `documented.py FILE`, where FILE holds `{page: [block, ...]}` as JSON.
+Run the Python blocks of pages in a folder, page by page: `documented.py FILE FOLDER`; FILE is `{page: [block, ...]}` in JSON.
 
 Trainings last two steps, on the CPU.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def short_and_on_the_cpu(args):
 
 
 TrainingArguments.__post_init__ = short_and_on_the_cpu
+os.chdir(sys.argv[2])
 for page, blocks in json.loads(Path(sys.argv[1]).read_text()).items():
     names = {"__name__": page}
     for block in blocks:
