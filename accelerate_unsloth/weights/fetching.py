@@ -172,8 +172,12 @@ class Fetcher:
             saving[-1].__enter__()
 
     def _after_weights(self, saving: list, module, args, output) -> None:
-        if not torch.compiler.is_compiling() and saving:
+        if torch.compiler.is_compiling():
+            return
+        if saving:
             saving.pop().__exit__(None, None, None)
+        if hasattr(getattr(module, "weight", None), "quant_state") and getattr(output, "requires_grad", False):
+            _save_parameter(output, module.weight)
 
     def _pack(self, tensor: torch.Tensor):
         slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
@@ -196,6 +200,23 @@ class Fetcher:
                     f"{tensor.full_name} is trained, but the weights of its layer are copied to the device and never back. "
                     f"Train adapters only, or set {VARIABLE}=replicated."
                 )
+
+
+def _save_parameter(output: torch.Tensor, weight: nn.Parameter) -> None:
+    """
+    Let a 4-bit product of bitsandbytes read the parameter itself in its backward.
+
+    It keeps a view of the weight in an attribute (0.50, `MatMul4Bit.forward`), where no hook of PyTorch sees it, also under
+    checkpointing that is not reentrant. Unsloth's own kernels keep the parameter. Delete this when bitsandbytes does.
+    """
+    nodes = [output.grad_fn, *(node for node, _ in output.grad_fn.next_functions)]  # the product, or a cast after it
+    product = next((node for node in nodes if type(node).__name__ == "MatMul4BitBackward"), None)
+    if product is None:
+        raise RuntimeError(
+            f"A 4-bit layer computed with {type(output.grad_fn).__name__}, of which it is not known what it saves of the weight for "
+            f"the backward. Set {VARIABLE}=replicated."
+        )
+    product.tensors = (None, weight)
 
 
 def absent(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

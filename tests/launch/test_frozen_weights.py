@@ -186,8 +186,8 @@ def test_what_is_not_possible_is_rejected_once(options, placement, message, tiny
     assert VARIABLE in finished.output
 
 
-def test_4bit_and_incomplete_checkpoints_load_as_replicas_do(tiny_model, tmp_path):
-    finished = launch(WORKERS / "shared_loading.py", [tiny_model, tmp_path], 2)
+def test_4bit_and_incomplete_checkpoints_load_and_train_as_replicas_do(tiny_model, deep_model, tmp_path):
+    finished = launch(WORKERS / "shared_loading.py", [tiny_model, deep_model, tmp_path], 2)
     assert finished.status == 0, finished.output[-4000:]
 
 
