@@ -126,6 +126,9 @@ def main(script: ScriptArguments, training: SFTConfig) -> None:
     if logged and script.resume is None:  # a resumed run counts from its beginning, and its seconds from here
         print(f"tokens/s: {logged[-1] / seconds:,.0f} on {trainer.accelerator.num_processes} process(es)")
     print(f"adapter: {os.path.abspath(training.output_dir)}")
+    report = os.path.join(os.path.abspath(training.output_dir), "training_report.html")
+    if os.path.exists(report):
+        print(f"report: {report}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from ..launch import command, notebook, process
 from ..launch.topology import declare_cpu_launch, topology, uses_cpu
 from ..plugin import UnslothPlugin
 from ..reliability import failures
-from ..reporting.verbosity import quiet_other_ranks
+from ..reporting.verbosity import drop_what_users_cannot_act_on, quiet_other_ranks
 from . import resolve, variables
 
 failures.install()
@@ -24,6 +24,7 @@ _use_cpu = uses_cpu()
 
 choice = resolve(_plugin.engine, torch.cuda.device_count(), _use_cpu)
 quiet_other_ranks(_plugin)
+drop_what_users_cannot_act_on()
 if not _use_cpu:
     notebook.check_fork(torch.cuda.device_count())
     if choice.name == "unsloth":

@@ -78,9 +78,30 @@ def _nowhere():
     return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
-class _DropTrainingBanner(logging.Filter):
+class _Drop(logging.Filter):
+    """Drops records with one of some texts in their message."""
+
+    def __init__(self, *texts: str):
+        super().__init__()
+        self._texts = texts
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith(_TRAINING_BANNER)
+        return not any(text in str(record.msg) for text in self._texts)
+
+
+# Logger -> text of a warning that a user can do nothing about. Delete an entry when its versions are no longer supported.
+_NOT_FOR_USERS = {
+    "torch.utils._pytree": "is an Enum subclass and is now natively supported",  # torch 2.14, imported by torchao 0.16
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # bitsandbytes 0.50: an optional CPU kernel
+}
+
+
+def drop_what_users_cannot_act_on() -> None:
+    """Drop such warnings, on all ranks. Call before transformers is imported."""
+    for name, text in _NOT_FOR_USERS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Drop) for known in logger.filters):
+            logger.addFilter(_Drop(text))
 
 
 # The first counts the GPUs of one process, the second repeats our table (unsloth 2026.10.9, `models/llama.py`).
@@ -95,7 +116,7 @@ def without_training_banner():
     if llama is None or topology().world_size == 1:
         yield
         return
-    drop = _DropTrainingBanner()
+    drop = _Drop(*_TRAINING_BANNER)
     llama.logger.addFilter(drop)
     try:
         yield

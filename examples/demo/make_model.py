@@ -40,6 +40,9 @@ def is_model(folder: Path) -> bool:
 
 def convert(package: Path, folder: Path) -> None:
     """Write the GGUF file of the package as a model that transformers trains."""
+    from accelerate_unsloth.reporting.verbosity import drop_what_users_cannot_act_on
+
+    drop_what_users_cannot_act_on()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

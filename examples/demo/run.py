@@ -21,8 +21,14 @@ def main() -> int:
     command += ["examples/train.py", "--config", "examples/demo/train.yaml"]
     # A CPU without bfloat16 instructions emulates them, slowly.
     command += [] if gpus else ["--use_cpu", "True", "--bf16", "False"]
-    print(" ".join(command), flush=True)
-    return subprocess.call(command, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    where = f"all {gpus} GPU(s), with Unsloth" if gpus else "two CPU processes, because no GPU is visible"
+    print(f"\nFine-tuning SmolLM2-135M-Instruct on {where}:\n  {' '.join(command)}\n", flush=True)
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    return subprocess.call(command, env=os.environ | quiet)
 
 
 if __name__ == "__main__":
