@@ -158,7 +158,7 @@ class Fetcher:
         self._keeps_activations = torch.is_grad_enabled() and not recomputes
 
     def _after_layer(self, layer: FetchedLayer, module, args, output) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
         if hidden.requires_grad:  # its gradient is complete before anything of the layer runs backward
             hidden.register_hook(lambda gradient: self._before_backward(layer))
 
