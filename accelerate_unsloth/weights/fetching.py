@@ -4,12 +4,13 @@ Copies each layer's frozen weights to the device just before the layer runs, in 
 A parameter keeps its identity, shape and type: while its layer is away it has no memory, and reading it raises an error;
 while its layer is in use it is a view of a slot. Kernels that hold the parameter for their backward, as Unsloth's do,
 therefore find the weights of the right layer. What PyTorch saves for a backward are views, which would read whatever
-layer is in the slot by then; so views of a slot are saved as a place, and made again when the backward needs them.
+layer is in the slot by then; so views of a slot are saved as a place, and made again when the backward needs them. The
+price is a call for each tensor that a layer saves.
 """
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -85,7 +86,8 @@ class Fetcher:
     layers: list[FetchedLayer]
     device: torch.device
     _shown: dict[int, int] = field(default_factory=dict)  # slot -> layer whose parameters are views of it
-    _keeps_activations: bool = False
+    _running: list = field(default_factory=list)  # of the layer that runs: what to close, and its first autograd node
+    _keeps_no_views: set[int] = field(default_factory=set)  # layers whose custom functions were looked at
 
     def __post_init__(self):
         largest = max(layer.source.numel() for layer in self.layers)
@@ -141,12 +143,9 @@ class Fetcher:
 
     def _install_hooks(self, layer: FetchedLayer) -> None:
         layer.module.register_forward_pre_hook(functools.partial(self._before_layer, layer))
-        layer.module.register_forward_hook(functools.partial(self._after_layer, layer))
-        for module in {id(tensor.module): tensor.module for tensor in layer.tensors}.values():
-            setattr(module, _FETCH, functools.partial(self.use, layer.index))
-            saving = []  # contexts of this module, entered and not left
-            module.register_forward_pre_hook(functools.partial(self._before_weights, saving))
-            module.register_forward_hook(functools.partial(self._after_weights, saving), always_call=True)
+        layer.module.register_forward_hook(functools.partial(self._after_layer, layer), always_call=True)
+        for tensor in layer.tensors:
+            setattr(tensor.module, _FETCH, functools.partial(self.use, layer.index))
 
     def _before_layer(self, layer: FetchedLayer, module, args) -> None:
         in_backward = torch._C._current_graph_task_id() != -1  # a recomputation
@@ -155,29 +154,63 @@ class Fetcher:
             self._check_frozen(layer)
         # Recomputed layers save nothing here: their views live from the recomputation to the backward right after it.
         recomputes = getattr(module, "gradient_checkpointing", False) and module.training
-        self._keeps_activations = torch.is_grad_enabled() and not recomputes
+        saving = ExitStack()
+        if torch.is_grad_enabled() and not recomputes:
+            saving.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+        self._running.append((saving, torch.autograd._get_sequence_nr()))
 
     def _after_layer(self, layer: FetchedLayer, module, args, output) -> None:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        if hidden.requires_grad:  # its gradient is complete before anything of the layer runs backward
-            hidden.register_hook(lambda gradient: self._before_backward(layer))
+        """Also called after an error, without an output."""
+        if not self._running:  # the error was before the layer
+            return
+        saving, first_node = self._running.pop()
+        saving.close()
+        outputs = [output] if isinstance(output, torch.Tensor) else [*(output or ())]
+        outputs = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
+        if not outputs:
+            return
+        if layer.index not in self._keeps_no_views and not self._keep_parameters(layer, outputs, first_node):
+            self._keeps_no_views.add(layer.index)
+        # Its gradient is complete before anything of the layer runs backward.
+        outputs[0].register_hook(lambda gradient: self._before_backward(layer))
 
     def _before_backward(self, layer: FetchedLayer) -> None:
         self.use(layer.index, forward=False)
 
-    def _before_weights(self, saving: list, module, args) -> None:
-        # What is compiled saves the parameter itself, like Unsloth's kernels.
-        if self._keeps_activations and not torch.compiler.is_compiling():
-            saving.append(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
-            saving[-1].__enter__()
+    def _keep_parameters(self, layer: FetchedLayer, outputs: list[torch.Tensor], first_node: int) -> bool:
+        """
+        Let custom functions of a layer keep parameters where they keep views of a slot; return whether any did.
 
-    def _after_weights(self, saving: list, module, args, output) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if saving:
-            saving.pop().__exit__(None, None, None)
-        if hasattr(getattr(module, "weight", None), "quant_state") and getattr(output, "requires_grad", False):
-            _save_parameter(output, module.weight)
+        What a `torch.autograd.Function` keeps as an attribute no hook of PyTorch sees, also under checkpointing that is not
+        reentrant. bitsandbytes keeps a view of a 4-bit weight (0.50, `MatMul4Bit.forward`); Unsloth's kernels keep parameters.
+
+        Raises:
+            RuntimeError: for a view that is no whole parameter.
+        """
+        found = False
+        for node in _nodes_since(outputs, first_node):
+            for name, kept in vars(node).items() if hasattr(node, "__dict__") else ():
+                values = kept if isinstance(kept, (tuple, list)) else [kept]
+                replaced = [self._parameter_of(value, layer, node) for value in values]
+                if any(new is not old for new, old in zip(replaced, values, strict=True)):
+                    found = True
+                    setattr(node, name, type(kept)(replaced) if isinstance(kept, (tuple, list)) else replaced[0])
+        return found
+
+    def _parameter_of(self, value, layer: FetchedLayer, node):
+        """Return the parameter that a view of a slot is; any other value as it is."""
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+            return value
+        if value.untyped_storage().data_ptr() not in self._slot_at:
+            return value
+        for tensor in layer.tensors:
+            whole = tensor.parameter
+            if (value.data_ptr(), value.shape, value.dtype) == (whole.data_ptr(), whole.shape, whole.dtype):
+                return whole
+        raise RuntimeError(
+            f"{type(node).__name__} keeps a part of a weight of decoder layer {layer.index} for its backward, in which that memory "
+            f"may hold another layer. Set {VARIABLE}=replicated."
+        )
 
     def _pack(self, tensor: torch.Tensor):
         slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
@@ -202,21 +235,15 @@ class Fetcher:
                 )
 
 
-def _save_parameter(output: torch.Tensor, weight: nn.Parameter) -> None:
-    """
-    Let a 4-bit product of bitsandbytes read the parameter itself in its backward.
-
-    It keeps a view of the weight in an attribute (0.50, `MatMul4Bit.forward`), where no hook of PyTorch sees it, also under
-    checkpointing that is not reentrant. Unsloth's own kernels keep the parameter. Delete this when bitsandbytes does.
-    """
-    nodes = [output.grad_fn, *(node for node, _ in output.grad_fn.next_functions)]  # the product, or a cast after it
-    product = next((node for node in nodes if type(node).__name__ == "MatMul4BitBackward"), None)
-    if product is None:
-        raise RuntimeError(
-            f"A 4-bit layer computed with {type(output.grad_fn).__name__}, of which it is not known what it saves of the weight for "
-            f"the backward. Set {VARIABLE}=replicated."
-        )
-    product.tensors = (None, weight)
+def _nodes_since(outputs: list[torch.Tensor], first: int) -> Iterator[torch.autograd.graph.Node]:
+    """Yield the nodes of a graph that were made since the node number `first`."""
+    left, seen = [output.grad_fn for output in outputs], set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen and node._sequence_nr() >= first:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+            yield node
 
 
 def absent(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

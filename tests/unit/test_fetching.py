@@ -28,31 +28,65 @@ class Kernel(torch.autograd.Function):
         return gradient @ ctx.weight.data, None
 
 
+class ViewKernel(Kernel):
+    """A product that holds a view of the parameter, as bitsandbytes does."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.weight = None
+        ctx.tensors = (None, weight.view(weight.shape))
+        return inputs @ weight.data.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.tensors[1].data, None
+
+
+class PartKernel(Kernel):
+    """A product that holds something that is no whole parameter."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.weight = weight.t()
+        return inputs @ weight.data.t()
+
+
+def product(inputs, weight):
+    """Save a view of the weight, and the output."""
+    return torch.tanh(inputs @ weight.t())
+
+
+WAYS = {"views": product, "parameters": Kernel.apply, "a view in an attribute": ViewKernel.apply}
+
+
 class Linear(nn.Linear):
-    uses_kernel = False
+    way = staticmethod(product)
 
     def forward(self, inputs):
-        """Save a view of the weight, and the output, where it is not a kernel."""
-        return Kernel.apply(inputs, self.weight) if self.uses_kernel else torch.tanh(inputs @ self.weight.t())
+        return self.way(inputs, self.weight)
 
 
 class Layer(nn.Module):
-    def __init__(self, uses_kernel):
+    def __init__(self, way, calls_children=True):
         super().__init__()
         self.up, self.down = Linear(WIDTH, 16, bias=False), Linear(16, WIDTH, bias=False)
-        self.up.uses_kernel = self.down.uses_kernel = uses_kernel
+        self.up.way = self.down.way = way
+        self.calls_children = calls_children
         self.adapter = nn.Linear(WIDTH, WIDTH)
         self.gradient_checkpointing = False
 
     def forward(self, hidden):
-        return hidden + self.down(self.up(hidden)) + self.adapter(hidden)
+        if self.calls_children:
+            return hidden + self.down(self.up(hidden)) + self.adapter(hidden)
+        # As layers with a convolution do, which read its weight.
+        return hidden + self.down.way(self.up.way(hidden, self.up.weight), self.down.weight) + self.adapter(hidden)
 
 
 class Model(nn.Module):
-    def __init__(self, uses_kernel=False):
+    def __init__(self, way=product, calls_children=True):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(Layer(uses_kernel) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(way, calls_children) for _ in range(LAYERS))
         for layer in self.layers:
             layer.up.requires_grad_(False)
             layer.down.requires_grad_(False)
@@ -98,10 +132,11 @@ def gradients(model, forwards=1, between=()):
 
 @pytest.mark.parametrize(("forwards", "between"), [(1, ()), (2, ()), (1, (0, 4))])
 @pytest.mark.parametrize("recomputes", [0, 1, 2], ids=["kept", "reentrant", "not reentrant"])
-@pytest.mark.parametrize("uses_kernel", [False, True])
-def test_gradients_are_those_of_resident_weights(uses_kernel, recomputes, forwards, between):
+@pytest.mark.parametrize("calls_children", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_resident_weights(way, calls_children, recomputes, forwards, between):
     """Two forwards before the backward are those of DPO."""
-    models = Model(uses_kernel), Model(uses_kernel)
+    models = Model(WAYS[way], calls_children), Model(WAYS[way], calls_children)
     fetched(models[1])
     for model in models:
         for layer in model.layers:
@@ -112,11 +147,17 @@ def test_gradients_are_those_of_resident_weights(uses_kernel, recomputes, forwar
 
 
 @pytest.mark.parametrize(
-    ("broken", "uses_kernel"), [("_before_weights", False), ("_before_backward", True), ("_before_layer", True)]
+    ("broken", "way"),
+    [
+        ("_pack", "views"),
+        ("_before_backward", "parameters"),
+        ("_before_layer", "parameters"),
+        ("_keep_parameters", "a view in an attribute"),
+    ],
 )
-def test_each_hook_is_needed(broken, uses_kernel, monkeypatch):
-    monkeypatch.setattr(Fetcher, broken, lambda self, *args: None)
-    models = Model(uses_kernel), Model(uses_kernel)
+def test_each_hook_is_needed(broken, way, monkeypatch):
+    monkeypatch.setattr(Fetcher, broken, lambda self, *args: args[0] if broken == "_pack" else None)
+    models = Model(WAYS[way]), Model(WAYS[way])
     fetched(models[1])
     # Without anything between them, the backward would find each layer in its slot of the forward, which it reverses.
     expected = gradients(models[0], between=(0, 4))
@@ -126,6 +167,46 @@ def test_each_hook_is_needed(broken, uses_kernel, monkeypatch):
         assert "on this device only while its layer runs" in str(error)
     else:
         assert not all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_a_function_that_keeps_a_part_of_a_weight_is_rejected():
+    model = Model(PartKernel.apply)
+    fetched(model)
+    with pytest.raises(
+        RuntimeError, match=r"PartKernelBackward keeps a part of a weight of decoder layer 0.*=replicated"
+    ):
+        gradients(model)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_gradients_of_compiled_layers_are_those_of_resident_weights(backend):
+    """What a compiler saves is its own choice."""
+    models = Model(), Model()
+    fetched(models[1])
+    for layer in models[1].layers:
+        layer.forward = torch.compile(layer.forward, backend=backend)
+    expected, found = (gradients(model, between=(0, 4)) for model in models)
+    torch._dynamo.reset()
+    assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(expected, found, strict=True))
+
+
+class OutOfMemory(Exception):
+    pass
+
+
+def test_an_error_inside_of_a_layer_leaves_the_next_step_right():
+    models = Model(), Model()
+    fetched(models[1])
+
+    def fail(*args):
+        raise OutOfMemory
+
+    hook = models[1].layers[3].down.register_forward_pre_hook(fail)
+    with pytest.raises(OutOfMemory):
+        gradients(models[1])
+    hook.remove()
+    expected, found = (gradients(model, between=(0, 4)) for model in models)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 def test_evaluation_and_an_early_stop_leave_the_next_step_right():
