@@ -199,8 +199,8 @@ def _save_pretrained_merged(self, save_directory, tokenizer=None, save_method="m
             f"save_method={save_method!r} needs Unsloth on a GPU. Use 'merged_16bit' or 'lora' with the reference engine."
         )
     merge = save_method == "merged_16bit" and hasattr(self, "merge_and_unload")
-    with all_present(self):
-        model = copy.deepcopy(self).merge_and_unload() if merge else self
+    with all_present(self):  # on the CPU, where they are not on this device all the time
+        model = copy.deepcopy(self).cpu().merge_and_unload() if merge else self
     model.save_pretrained(save_directory, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(save_directory)

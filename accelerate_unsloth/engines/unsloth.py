@@ -85,8 +85,11 @@ def _fetch_before_merging() -> None:
 
     @functools.wraps(merge)
     def fetched_and_merged(layer, *args, **kwargs):
-        fetch_weights_of(layer)
-        return merge(layer, *args, **kwargs)
+        if not fetch_weights_of(layer):
+            return merge(layer, *args, **kwargs)
+        weight, bias = merge(layer, *args, **kwargs)
+        # A layer without adapters is returned as it is, and would be away when it is written.
+        return weight.detach().clone() if isinstance(weight, torch.nn.Parameter) else weight, bias
 
     if not patch_log.holds(unsloth.save, "_merge_lora"):
         patch_log.patch(unsloth.save, "_merge_lora", fetched_and_merged)

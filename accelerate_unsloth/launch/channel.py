@@ -22,6 +22,7 @@ from typing import Any
 from .topology import Topology, attempt, topology
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.2
+_LOOK_EVERY_S = 2.0  # for ranks that wait for each other in different calls
 _STORE_TIMEOUT_S = 600.0
 _WAIT_AT_EXIT_S = 5.0
 
@@ -57,6 +58,7 @@ class Channel:
         self._store = store
         self._calls = Counter()
         self._gathered = {}  # name of a gather -> the last key that this rank set
+        self._waiting = False  # whether other ranks can see which gather this one waits in
 
     def _next_key(self, name: str) -> str:
         self._calls[name] += 1
@@ -82,10 +84,12 @@ class Channel:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return True
 
-    def _receive(self, name: str, keys: list[str], senders: Iterable[int]) -> list:
+    def _receive(self, name: str, keys: list[str], senders: Iterable[int], is_gather: bool = False) -> list:
         """Return the messages under `keys`, one of each sender. Raise an error when one of them will not come."""
+        look_s = time.monotonic() + _LOOK_EVERY_S
 
         def raise_if_lost():
+            nonlocal look_s
             failed_rank = self.failed_rank()
             if failed_rank is not None:
                 raise PeerFailure(f"rank {failed_rank} failed while rank {self.topology.rank} waited in {name!r}")
@@ -95,22 +99,51 @@ class Channel:
                         f"Rank {sender} ended, and rank {self.topology.rank} still waits for it in {name!r}. "
                         "Every rank has to make this call: look for a call that only some ranks reach."
                     )
+            if time.monotonic() > look_s:
+                look_s += _LOOK_EVERY_S
+                self._raise_if_called_otherwise(name, dict(zip(senders, keys, strict=True)), is_gather)
 
         self._arrives(keys, gives_up=raise_if_lost)
         return [json.loads(message) for message in self._store.multi_get(keys)]
 
-    def gather(self, name: str, value: Any) -> list:
+    def _raise_if_called_otherwise(self, name: str, keys: dict[int, str], is_gather: bool) -> None:
+        """Raise an error if a rank that this one waits for waits for this one in another gather."""
+        own = self.topology.rank
+        if is_gather and not self._waiting:
+            self._waiting = True
+            self._post(f"waiting/{own}", {"name": name, "call": self._calls[name], "for": [*keys]})
+        missing = next((rank for rank, key in keys.items() if rank != own and not self._store.check([key])), None)
+        if missing is None or not self._store.check([f"waiting/{missing}"]):
+            return
+        other = json.loads(self._store.get(f"waiting/{missing}"))
+        # If this rank has made that call, the other one is about to leave it.
+        if other and own in other["for"] and self._calls[other["name"]] < other["call"]:
+            raise RuntimeError(
+                f"Rank {own} waits for rank {missing} in {name!r}, and that one for it in {other['name']!r}. All ranks have to do "
+                "the same: look for code, options or memory that depend on the rank."
+            )
+
+    def gather(self, name: str, value: Any, ranks: Iterable[int] | None = None) -> list:
         """
         Collect one JSON-serialisable value from every rank, in rank order, on every rank.
 
+        Args:
+            name (`str`): Name of the call, the same on all ranks.
+            value (`Any`): This rank's.
+            ranks (`Iterable[int]`, *optional*): Those that take part, this one among them; by default all.
+
         Raises:
             PeerFailure: if a rank fails before it has sent its value.
+            RuntimeError: if a rank has ended, or waits in another call.
         """
-        key, ranks = self._next_key(name), range(self.topology.world_size)
+        key, ranks = self._next_key(name), [*(range(self.topology.world_size) if ranks is None else ranks)]
         keys = [f"{key}/{rank}" for rank in ranks]
-        own = keys[self.topology.rank]
+        own = f"{key}/{self.topology.rank}"
         self._post(own, value)
-        values = self._receive(name, keys, ranks)
+        values = self._receive(name, keys, ranks, is_gather=True)
+        if self._waiting:  # not deleted: a rank that has seen the key would wait for it
+            self._post(f"waiting/{self.topology.rank}", None)
+            self._waiting = False
         if name in self._gathered:  # all ranks have sent this value, so they have read the previous one
             self._store.delete_key(self._gathered[name])
         self._gathered[name] = own

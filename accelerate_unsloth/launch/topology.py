@@ -20,6 +20,7 @@ class Topology:
         local_world_size (`int`): Number of processes on this node.
         node (`int`): Index of this node.
         local_main (`int`): Rank of the first process on this node.
+        neighbours (`tuple[int, ...]`): Ranks of this node, where they may not be consecutive.
     """
 
     rank: int = 0
@@ -28,6 +29,7 @@ class Topology:
     local_world_size: int = 1
     node: int = 0
     local_main: int = 0
+    neighbours: tuple[int, ...] = ()
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Topology":
@@ -67,7 +69,13 @@ class Topology:
             local_world_size=len(neighbours),
             node=list(dict.fromkeys(hosts)).index(hosts[rank]),
             local_main=neighbours[0],
+            neighbours=tuple(neighbours),
         )
+
+    @property
+    def node_ranks(self) -> tuple[int, ...]:
+        """Ranks of this node, in the order of their local ranks."""
+        return self.neighbours or tuple(range(self.local_main, self.local_main + self.local_world_size))
 
     @property
     def is_main(self) -> bool:

@@ -40,6 +40,8 @@ class HostCopier:
         if self._on_gpu:
             self._stream = torch.cuda.Stream(slots[0].device)
             self._stream.wait_stream(torch.cuda.current_stream(slots[0].device))  # which may still use their memory
+            for slot in slots:
+                slot.record_stream(self._stream)  # freed slots are not given away while a copy is under way
             self._copied = [torch.cuda.Event() for _ in slots]
             self._computed = [torch.cuda.Event() for _ in slots]
 

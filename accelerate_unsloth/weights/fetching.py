@@ -28,11 +28,17 @@ _GRANULE = 256  # bytes; slots are multiples of it, so that they can be viewed a
 _FETCH = "_accelerate_unsloth_fetch"
 
 
-def fetch_weights_of(module: nn.Module) -> None:
-    """Let the weights of a module, or of the one that its adapter wraps, be there until another layer is used."""
+def fetch_weights_of(module: nn.Module) -> bool:
+    """
+    Let the weights of a module, or of the one that its adapter wraps, be there until another layer is used.
+
+    Returns:
+        `bool`: whether they are fetched.
+    """
     fetch = getattr(getattr(module, "base_layer", module), _FETCH, None)
     if fetch is not None:
         fetch()
+    return fetch is not None
 
 
 @dataclass(frozen=True)

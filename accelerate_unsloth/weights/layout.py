@@ -1,8 +1,8 @@
 """The place of a tensor in memory that processes share."""
 
+import json
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -41,13 +41,6 @@ class Piece:
     def of(cls, name: str, parameter: str, offset: int, tensor: torch.Tensor, layer: int) -> "Piece":
         return cls(name, parameter, offset, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), layer)
 
-    @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> "Piece":
-        return cls(**entry | {"shape": tuple(entry["shape"])})
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @property
     def is_state(self) -> bool:
         """Whether it is a part of a quantization state."""
@@ -65,3 +58,13 @@ class Piece:
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """Return the tensor in `memory`, which is of bytes. Autograd takes it for a tensor without relatives."""
         return memory[self.offset : self.end].view(getattr(torch, self.dtype)).view(self.shape).data
+
+
+def as_bytes(pieces: list[Piece]) -> torch.Tensor:
+    """Return pieces as bytes that [`from_bytes`] reads, of shape `(nbytes,)` and type `uint8`."""
+    return torch.tensor(bytearray(json.dumps([astuple(piece) for piece in pieces]).encode()), dtype=torch.uint8)
+
+
+def from_bytes(table: torch.Tensor) -> list[Piece]:
+    entries = json.loads(table.numpy().tobytes())
+    return [Piece(name, parameter, offset, tuple(shape), *rest) for name, parameter, offset, shape, *rest in entries]

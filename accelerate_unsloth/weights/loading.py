@@ -3,7 +3,7 @@ Loads each decoder layer once per node.
 
 A rank reads the layers that it owns (`checkpoint.py`) and moves their bytes to memory that the ranks of the node share; then
 every rank makes parameters of all of them (`attaching.py`). No process holds more than one layer besides what it keeps.
-Cost: one exchange of the layers' addresses.
+Cost: one exchange of addresses.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from .checkpoint import LayeredCheckpoint
 from .copying import pin
 from .decoder import DecoderLayer, find_layers
 from .fetching import Fetcher
-from .layout import Piece
+from .layout import Piece, as_bytes, from_bytes
 from .shared_memory import SharedMemory, mapped
 
 # bitsandbytes NF4 with double quantization, in bytes per value (`memory/budget.py`).
@@ -47,25 +47,25 @@ def placing(requested: str, device: str, trains_all: bool = False) -> Iterator[N
 
     load, warm_up = modeling_utils.convert_and_load_state_dict_in_model, modeling_utils.caching_allocator_warmup
 
-    def resolve(model, layers: list[DecoderLayer], device_map) -> placement.PlacementChoice:
+    def resolve(model, layers: list[DecoderLayer], device_map, quantizer) -> placement.PlacementChoice:
         why = "all weights are trained, and each rank changes its own" if trains_all else ""
-        facts = _facts(model, layers, device, why or _why_not_shared(model, layers, device_map))
+        facts = _facts(model, layers, device, why or _why_not_shared(model, layers, device_map, quantizer))
         return placement.resolve(requested, facts)
 
-    def warm_up_if_replicated(model, device_map, *args, **kwargs):
+    def warm_up_if_replicated(model, expanded_device_map, hf_quantizer):
         """It would allocate the whole model on the GPU before anything is read."""
-        if resolve(model, find_layers(model), device_map).mode == "replicated":
-            warm_up(model, device_map, *args, **kwargs)
+        if resolve(model, find_layers(model), expanded_device_map, hf_quantizer).mode == "replicated":
+            warm_up(model, expanded_device_map, hf_quantizer)
 
     def place_and_load(model, state_dict, load_config, disk_offload_index=None):
         layers = find_layers(model)
-        choice = resolve(model, layers, load_config.device_map)
+        choice = resolve(model, layers, load_config.device_map, load_config.hf_quantizer)
         if choice.mode == "replicated":
             attach(model, PlacedWeights(choice))
             return load(model, state_dict, load_config, disk_offload_index)
         info, attached = _load_shared(load, model, state_dict, load_config, layers, torch.device(device))
         fetches = not computes_with_shared_copy(torch.device(device))
-        fetcher = Fetcher(attached.fetched, torch.device(device)) if fetches else None
+        fetcher = Fetcher(attached.fetched, torch.device(device)) if fetches and attached.fetched else None
         attach(model, PlacedWeights(choice, tuple(attached.shared), fetcher))
         return info, disk_offload_index
 
@@ -82,19 +82,22 @@ def computes_with_shared_copy(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _why_not_shared(model, layers: list[DecoderLayer], device_map) -> str:
+def _why_not_shared(model, layers: list[DecoderLayer], device_map, quantizer) -> str:
     """Return why the layers of a model cannot be shared, as a clause; empty if they can."""
     if not layers:
         return f"the decoder layers of {type(model).__name__} were not found"
     if len({str(device) for device in (device_map or {}).values()}) > 1:
         return "device_map spreads the model over several devices"
+    if quantizer is not None and type(quantizer).__name__ != "Bnb4BitHfQuantizer":
+        return f"quantization by {type(quantizer).__name__} is not supported"
     kinds = {type(model.get_parameter(name)).__name__ for layer in layers for name in layer.parameters}
     others = sorted(kinds - {"Parameter", "Params4bit"})
     return f"weights of the type {', '.join(others)} are not supported" if others else ""
 
 
 def _facts(model, layers: list[DecoderLayer], device: str, cannot_share: str) -> placement.Facts:
-    sizes = {name: _loaded_bytes(model, name, p) for name, p in model.named_parameters()}
+    tied = getattr(model, "all_tied_weights_keys", {})  # on the meta device they are parameters of their own
+    sizes = {name: _loaded_bytes(p) for name, p in model.named_parameters() if name not in tied}
     layer_bytes = sum(sizes[name] for layer in layers for name in layer.parameters)
     return placement.Facts(
         layer_bytes=int(layer_bytes),
@@ -106,7 +109,7 @@ def _facts(model, layers: list[DecoderLayer], device: str, cannot_share: str) ->
     )
 
 
-def _loaded_bytes(model, name: str, parameter: torch.Tensor) -> float:
+def _loaded_bytes(parameter: torch.Tensor) -> float:
     """Return the bytes of a parameter of a model on the meta device, once it is loaded."""
     is_4bit = type(parameter).__name__ == "Params4bit"
     return parameter.numel() * (_4BIT_BYTES if is_4bit else parameter.element_size())
@@ -120,18 +123,18 @@ def _load_shared(
     fetches = not computes_with_shared_copy(device)
     attached = Attachment(model, layers, device, fetches)
     with SharedMemory() as memory:
-        pieces = _load_own(checkpoint, model, len(layers), memory)
-        own = {"node": topology().node, "address": memory.address(), "pieces": [piece.to_json() for piece in pieces]}
-        everyone = channel().gather("frozen weights loaded", own | checkpoint.report())
-        for rank, sent in enumerate(everyone):
-            if sent["node"] == topology().node:
-                checkpoint.add_report(sent)
-                memory_of_rank = mapped(sent["address"], private=not fetches)
-                if device.type == "cuda":
-                    pin(memory_of_rank)
-                found = [Piece.from_json(entry) for entry in sent["pieces"]]
-                checkpoint.info.missing_keys -= {*attached.add(found, memory_of_rank, rank == topology().rank)}
-        channel().gather("frozen weights mapped", True)  # before any rank closes its memory
+        pieces, place = _load_own(checkpoint, model, len(layers), memory), topology()
+        table = memory.append(as_bytes(pieces))  # with many experts too long for a message
+        own = {"table": table, "address": memory.address()} | checkpoint.report()
+        everyone = channel().gather("frozen weights loaded", own, place.node_ranks)
+        for rank, sent in zip(place.node_ranks, everyone, strict=True):
+            checkpoint.add_report(sent)
+            memory_of_rank = mapped(sent["address"], private=not fetches)
+            if device.type == "cuda":
+                pin(memory_of_rank)
+            found = from_bytes(memory_of_rank[sent["table"] :])
+            checkpoint.info.missing_keys -= {*attached.add(found, memory_of_rank, rank == place.rank)}
+        channel().gather("frozen weights mapped", True, place.node_ranks)  # before any rank closes its memory
     with suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # what conversions have used and glibc has kept
     return checkpoint.info, attached

@@ -1,8 +1,8 @@
 """
 Where the frozen weights of decoder layers live.
 
-`replicated`: every rank holds all of them. `host`: one copy per node in shared memory. The choice is made by every rank for
-itself, from what is the same on all ranks of a node, so that a script may also load a model on one rank only.
+`replicated`: every rank holds all of them. `host`: one copy per node in shared memory. Every rank chooses for itself, from what
+is the same on all ranks of a node, so that a script may load a replicated model on one rank only.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ import psutil
 _GIB = 2**30
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
-# Part of the machine's and of a GPU's memory that weights may take; libraries, data and activations need the rest.
-_HOST_FRACTION, _DEVICE_FRACTION = 0.7, 0.85
+# Part of the machine's memory that weights may take; libraries, data and activations need the rest. On a GPU only weights that
+# are larger than all of it are shared without being asked for, as long as that is experimental there.
+_HOST_FRACTION, _DEVICE_FRACTION = 0.7, 1.0
 
 VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
 

@@ -210,3 +210,22 @@ def test_a_layer_that_one_rank_cannot_read_ends_all_with_one_message(tiny_model,
     finished = launch(tmp_path / "script.py", [tiny_model], 2, environment={VARIABLE: "host"}, timeout_s=60)
     assert finished.status != 0
     assert finished.output.count("OSError: layer 1 cannot be read") == 1
+
+
+OTHERWISE = """
+import os, sys
+from accelerate_unsloth.launch import channel
+channel._LOOK_EVERY_S = 0.1
+os.environ["ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"] = ["host", "replicated"][int(os.environ["RANK"])]
+from accelerate_unsloth import FastLanguageModel
+FastLanguageModel.from_pretrained(sys.argv[1])
+channel.channel().gather("settings", 0)
+"""
+
+
+def test_ranks_that_decide_differently_end_with_both_calls_named(tiny_model, tmp_path):
+    (tmp_path / "script.py").write_text(OTHERWISE)
+    finished = launch(tmp_path / "script.py", [tiny_model], 2, timeout_s=60)
+    assert finished.status != 0
+    assert "frozen weights loaded" in finished.output
+    assert "that one for it in 'settings'" in finished.output or "in 'settings', and that one" in finished.output

@@ -1,5 +1,6 @@
 """Messages between ranks, with the ranks played by threads over one store."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -7,6 +8,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
+from accelerate_unsloth.launch import channel as channel_module
 from accelerate_unsloth.launch.channel import Channel, PeerFailure
 from accelerate_unsloth.launch.topology import Topology
 
@@ -169,3 +171,76 @@ def test_keys_of_a_failed_call_do_no_harm():
         return errors
 
     assert on_ranks(3, work) == [1, 1, 1]
+
+
+# ---- Ranks that call different things ----
+
+
+@pytest.fixture
+def looks_often(monkeypatch):
+    monkeypatch.setattr(channel_module, "_LOOK_EVERY_S", 0.01)
+
+
+def when_it_waits(channel, rank, name):
+    """Wait until another rank can be seen to wait in a call."""
+    key = f"waiting/{rank}"
+
+    def waits():
+        return channel._store.check([key]) and (json.loads(channel._store.get(key)) or {}).get("name") == name
+
+    channel._arrives(["never"], timeout_s=30, gives_up=waits)
+    assert waits()
+
+
+def test_ranks_that_wait_for_each_other_in_different_calls_are_told_so(looks_often):
+    results = on_ranks(2, lambda c: c.gather(["settings", "frozen weights"][c.topology.rank], 0))
+    for rank, (own, other) in enumerate([("settings", "frozen weights"), ("frozen weights", "settings")]):
+        assert isinstance(results[rank], RuntimeError)
+        assert f"Rank {rank} waits for rank {1 - rank} in {own!r}, and that one for it in {other!r}" in str(
+            results[rank]
+        )
+
+
+def test_a_rank_that_runs_what_others_wait_for_may_not_wait_for_them(looks_often):
+    def body(channel):
+        if channel.topology.rank == 0:
+            return channel.gather("settings", 0)
+        try:
+            return channel.run_on_main("write", lambda: None)
+        finally:
+            channel.end()
+
+    assert "waits for rank 0 in 'write', and that one for it in 'settings'" in str(on_ranks(2, body)[1])
+
+
+def test_a_slow_rank_is_waited_for_and_the_next_call_as_well(looks_often):
+    def body(channel):
+        if channel.topology.rank == 1:
+            when_it_waits(channel, 0, "x")
+        first = channel.gather("x", 1)
+        if channel.topology.rank == 0:
+            when_it_waits(channel, 1, "y")
+        return first, channel.gather("y", 2)
+
+    assert on_ranks(2, body) == [([1, 1], [2, 2])] * 2
+
+
+def test_a_node_may_meet_while_others_wait_for_all(looks_often):
+    """Rank 1 comes late to its node's call, for which rank 0 waits; ranks 2 and 3 wait for both in the next one."""
+
+    def body(channel):
+        rank = channel.topology.rank
+        if rank == 1:
+            for other, name in ((0, "node"), (2, "all"), (3, "all")):
+                when_it_waits(channel, other, name)
+        own = channel.gather("node", rank, channel.topology.node_ranks) if rank < 2 else None
+        return own, channel.gather("all", rank)
+
+    everyone = [0, 1, 2, 3]
+    assert on_ranks(4, body, nodes=2) == [([0, 1], everyone), ([0, 1], everyone), (None, everyone), (None, everyone)]
+
+
+def test_the_ranks_of_a_node_are_those_of_its_host_name():
+    places = [Topology.from_hosts(["a", "b", "a", "b"], rank, {}) for rank in range(4)]
+    assert [place.node_ranks for place in places] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert Topology(3, 4, 1, 2, 1, 2).node_ranks == (2, 3)

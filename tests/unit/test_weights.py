@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 from accelerate_unsloth.reliability import agreement
 from accelerate_unsloth.weights import PlacedWeights, SharedTensor, attach, placement
 from accelerate_unsloth.weights.decoder import find_layers
-from accelerate_unsloth.weights.layout import Piece
-from accelerate_unsloth.weights.loading import _why_not_shared
+from accelerate_unsloth.weights.layout import Piece, as_bytes, from_bytes
+from accelerate_unsloth.weights.loading import _facts, _why_not_shared
 from accelerate_unsloth.weights.placement import Facts, resolve
 from accelerate_unsloth.weights.shared_memory import SharedMemory, mapped
 
@@ -82,8 +82,9 @@ def test_bytes_of_every_type_come_back(dtype):
     with SharedMemory() as memory:
         pieces = [Piece.of(str(i), str(i), memory.append(value), value, 0) for i, value in enumerate(written)]
         seen = mapped(memory.address())
+    assert from_bytes(as_bytes(pieces)) == pieces
     for piece, value in zip(pieces, written, strict=True):
-        found = Piece.from_json(piece.to_json()).view(seen)
+        found = piece.view(seen)
         assert (found.shape, found.dtype) == (value.shape, dtype)
         assert torch.equal(found.view(torch.uint8), value.view(torch.uint8))
         assert found.data_ptr() % 256 == seen.data_ptr() % 256
@@ -143,12 +144,21 @@ class Int8Params(torch.nn.Parameter):
 def test_layers_are_not_shared_where_they_are_spread_or_of_an_unknown_kind():
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     layers = find_layers(model)
-    assert _why_not_shared(model, layers, None) == _why_not_shared(model, layers, {"": "cuda:1"}) == ""
-    assert "several devices" in _why_not_shared(model, layers, {"model.layers.0": 0, "model.layers.1": 1})
-    assert "were not found" in _why_not_shared(model, [], None)
+    assert _why_not_shared(model, layers, None, None) == _why_not_shared(model, layers, {"": "cuda:1"}, None) == ""
+    assert "several devices" in _why_not_shared(model, layers, {"model.layers.0": 0, "model.layers.1": 1}, None)
+    assert "were not found" in _why_not_shared(model, [], None, None)
+    assert "by SimpleNamespace" in _why_not_shared(model, layers, None, SimpleNamespace())
     up_proj = model.model.layers[1].mlp.up_proj
     up_proj.weight = Int8Params(up_proj.weight.data)
-    assert "of the type Int8Params" in _why_not_shared(model, layers, None)
+    assert "of the type Int8Params" in _why_not_shared(model, layers, None, None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_embedding_counts_once(tied):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
+    other = _facts(model, find_layers(model), "cpu", "").other_bytes
+    assert other == 4 * (8 * 8 * (1 if tied else 2) + 8)
 
 
 # ---- The comparison of ranks ----
