@@ -103,22 +103,18 @@ def recomputes(model) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def layers_that_recompute(model) -> int:
-    """Return the number of decoder layers, if each decides for itself whether it recomputes its activations; else 0."""
-    layers = _decoder_layers(model)
-    return len(layers) if all(hasattr(layer, "gradient_checkpointing") for layer in layers) else 0
-
-
-def recompute_first(model, number: int) -> None:
-    """Let only the first `number` decoder layers recompute their activations, where recomputation is switched on."""
-    for layer in _decoder_layers(model)[number:]:
-        layer.gradient_checkpointing = False
-
-
-def _decoder_layers(model) -> list:
+def layers_that_recompute(model) -> list:
+    """Return the decoder layers, if each decides for itself whether it recomputes its activations; else none."""
     from ..weights.decoder import find_layers
 
-    return [model.get_submodule(layer.path) for layer in find_layers(model)]
+    layers = [model.get_submodule(layer.path) for layer in find_layers(model)]
+    return layers if all(hasattr(layer, "gradient_checkpointing") for layer in layers) else []
+
+
+def recompute_first(layers: list, number: int) -> None:
+    """Let only the first `number` layers recompute their activations, where recomputation is switched on."""
+    for layer in layers[number:]:
+        layer.gradient_checkpointing = False
 
 
 def wants_recomputation(model) -> bool:

@@ -71,7 +71,7 @@ class Guards(TrainerCallback):
         signals = [number for number in channel().gather("signal", self._stop.signal) if number]
         if topology().is_main:
             print(
-                f"Stopped by a signal after step {step}; the checkpoint is in {self._output_dir}. Go on with "
+                f"Stopped by a signal after step {step}; {self._output_dir}/checkpoint-{step} is complete. Go on with "
                 "resume_from_checkpoint='auto'.",
                 file=sys.stderr,
             )

@@ -44,6 +44,7 @@ class Planner:
         self._state_bytes = optimizer_state.state_bytes_or_adams(optim)
         self._sampler: EffectiveBatchSampler | None = None
         self._undo = contextlib.ExitStack()
+        self._layers = kernels.layers_that_recompute(model)
         self.plan: StepPlan | None = None
 
     def resolve(
@@ -94,7 +95,7 @@ class Planner:
     def begin_step(self) -> None:
         """Let some layers keep their activations, where that is planned: Unsloth's `for_training` switches all alike."""
         if self.plan.checkpointing.layers is not None:
-            kernels.recompute_first(self._model, self.plan.checkpointing.layers)
+            kernels.recompute_first(self._layers, self.plan.checkpointing.layers)
 
     def state_bytes_of(self, trainable: list[torch.nn.Parameter]) -> int:
         """Return the bytes that the optimizer will hold for these parameters."""
@@ -159,7 +160,7 @@ class Planner:
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         left_bytes = budget.read(self._device, self._options.memory_fraction).left_bytes
         values, width = sum(p.numel() for p in trainable), max((p.element_size() for p in trainable), default=4)
-        layers = kernels.layers_that_recompute(self._model) or 1
+        layers = len(self._layers) or 1
         fitting = [
             budget.tokens_that_fit(self._shape, left_bytes, values, width, self._state_bytes, number / layers)
             for number in range(layers + 1)

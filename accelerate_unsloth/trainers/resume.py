@@ -35,6 +35,8 @@ def newest_checkpoint(output_dir: Path) -> str | None:
             f"Rank 0 would resume from {found}, which rank(s) {blind} cannot see. Several machines need an output_dir "
             "that all of them share to resume; put it on a shared disk, or copy the checkpoint to each machine."
         )
+    if found is not None and topology().is_main:
+        print(f"Resuming from {found}.")
     return found
 
 

@@ -44,7 +44,8 @@ def model(monkeypatch):
 
     monkeypatch.setattr(kernels, "set_recomputation", switch)
     model.only_first = []
-    monkeypatch.setattr(kernels, "recompute_first", lambda model, number: model.only_first.append(number))
+    monkeypatch.setattr(kernels, "layers_that_recompute", lambda model: [])
+    monkeypatch.setattr(kernels, "recompute_first", lambda layers, number: model.only_first.append(number))
     return model
 
 

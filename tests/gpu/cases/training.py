@@ -130,7 +130,7 @@ def fine_tune(
     evaluated = rows.select(range(15)) if evaluate else None
     trainer = make_trainer(case, model, tokenizer, rows, args, plugin, callbacks, evaluated, method)
     if recompute_first:
-        fitting = kernels.layers_that_recompute(model) + 1 - recompute_first
+        fitting = len(kernels.layers_that_recompute(model)) + 1 - recompute_first
         trainer._planner._tokens_that_fit = lambda: [1] * recompute_first + [10**6] * fitting
     eval_losses = [trainer.evaluate()["eval_loss"]] if evaluate else []
     trainer.train(resume_from_checkpoint=str(case.shared / resume) if resume else None)
