@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _LOCAL_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -29,7 +29,7 @@ class Topology:
     local_world_size: int = 1
     node: int = 0
     local_main: int = 0
-    neighbours: tuple[int, ...] = ()
+    neighbours: tuple[int, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Topology":
