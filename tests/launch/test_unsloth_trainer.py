@@ -82,5 +82,6 @@ def test_unsloth_loads_and_adapts_a_model_whose_layers_are_away(unsloth_once):
     log = (unsloth_once / "fetched.txt").read_text()
     assert (unsloth_once / "fetched.json").exists(), log[-3000:]
     seen = json.loads((unsloth_once / "fetched.json").read_text())
-    assert seen == {"mode": "host", "shared": 14, "parameters": 39_072, "in_use": True, "merged": True}
+    expected = {"mode": "host", "shared": 14, "parameters": 39_072, "in_use": True, "merged": True, "plain": True}
+    assert seen == expected
     assert (unsloth_once / "adapter" / "adapter_model.safetensors").exists()

@@ -61,7 +61,11 @@ def load_fetched(model_folder: str, out: Path) -> None:
         torch.nn.init.normal_(away.lora_B["default"].weight)
         merged, _ = sys.modules["unsloth.save"]._merge_lora(away, "up_proj")
         change = away.lora_B["default"].weight @ away.lora_A["default"].weight * away.scaling["default"]
+    plain, _ = sys.modules["unsloth.save"]._merge_lora(away.base_layer, "up_proj")  # as of a layer without adapters
+    with placed.fetcher.stopped():
+        """At its end no layer is there."""
     seen = {
+        "plain": torch.equal(plain, stored(placed, away)),
         "merged": torch.allclose(merged.float(), stored(placed, away).float() + change.float(), atol=1e-2),
         "mode": placed.choice.mode,
         "shared": len(placed.shared),
