@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..memory.budget import GIB, ModelShape
+from ..memory.budget import ModelShape
 from ..memory.estimate import EXPERTS_NOTE, ITEMS, Estimate, estimate
 from ..plugin import UnslothPlugin
 from ..policies.plan import Facts, StepPlan, plan
@@ -25,13 +25,12 @@ class Workload:
     r: int = 16
     optim: str = "adamw_8bit"
 
-    def estimate(self, recompute: bool) -> Estimate:
-        return estimate(self.shape, self.load_in_4bit, self.r, self.optim, recompute, self.num_gpus)
+    def estimate(self, recomputed: float) -> Estimate:
+        return estimate(self.shape, self.load_in_4bit, self.r, self.optim, recomputed, self.num_gpus)
 
     def tokens(self, recomputed: float) -> int:
         """Return the tokens of the largest micro-batch, if this part of the layers recomputes."""
-        left_gib = self.gpu_gib * self.fraction - self.estimate(True).resting_gib
-        return self.shape.tokens_within(left_gib * GIB, recomputed)
+        return self.estimate(recomputed).largest_micro_batch(self.gpu_gib, self.fraction)
 
     def plan(self, plugin: UnslothPlugin) -> StepPlan:
         """Plan a step of samples of full length; raise `ValueError` if not even one fits."""

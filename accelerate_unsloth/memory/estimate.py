@@ -11,7 +11,7 @@ EXPERTS_NOTE = (
     "dense layer as wide as the active experts"
 )
 
-# Slots of `weights.fetching`, and the part of 4-bit weights that stays on the GPU: their constants.
+# Layers that a GPU holds at a time where they are fetched, and the part of 4-bit weights that stays on it: their constants.
 FETCHED_LAYERS = 3
 _CONSTANTS_BYTES = budget.NF4_BYTES - 0.5
 
@@ -35,7 +35,7 @@ class Estimate:
     context_gib: float  # CUDA context and Triton's kernels, which PyTorch does not count
     token_kib: float  # activations per token in the layers, without those of the loss
     shape: ModelShape
-    checkpointing: bool  # whether activations are recomputed
+    checkpointing: float  # part of the layers that recompute their activations, 0 to 1
     host_gib: float = 0.0  # of the machine, for the layers that its GPUs share
 
     @property
@@ -61,7 +61,7 @@ def estimate(
     load_in_4bit: bool = True,
     r: int = 16,
     optim: str = "adamw_8bit",
-    checkpointing: bool = True,
+    checkpointing: float = True,
     num_gpus: int = 1,
     frozen_weights: str = "replicated",
 ) -> Estimate:
@@ -85,7 +85,7 @@ def estimate(
         reduction_gib=min(4 * adapters, REDUCTION_BYTES) / GIB if num_gpus > 1 else 0.0,
         workspace_gib=shape.workspace_bytes / GIB,
         context_gib=budget.CONTEXT_GIB,
-        token_kib=(working_bytes if checkpointing else working_bytes + shape.kept_bytes) / 1024,
+        token_kib=(working_bytes + (1 - checkpointing) * shape.kept_bytes) / 1024,
         shape=shape,
         checkpointing=checkpointing,
         host_gib=host_bytes / GIB,

@@ -93,20 +93,33 @@ def _sizes_of_config(model: Any) -> tuple[ModelShape, int | None]:
     return shape, next((number for number in active if isinstance(number, int)), None)
 
 
-def _decoder_layers(model: Any, number: int) -> list[Any]:
-    """Return the layers of the decoder, if its only other weights are those of the input embedding."""
+def parts_with_embedding(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield path and module of each part of a model that holds its input embedding; the first is the decoder of most."""
+    embedding = model.get_input_embeddings()
+    for path, part in model.named_modules():
+        if any(child is embedding for child in part.children()):
+            yield path, part
+
+
+def stacks_of(decoder: Any, number: int) -> dict[str, Any]:
+    """Return the lists of `number` layers in a decoder, by name."""
     from torch.nn import ModuleList
 
+    children = decoder.named_children()
+    return {name: part for name, part in children if isinstance(part, ModuleList) and len(part) == number}
+
+
+def _decoder_layers(model: Any, number: int) -> list[Any]:
+    """Return the layers of the decoder, if its only other weights are those of the input embedding."""
     embedding = model.get_input_embeddings()
-    decoder = next((part for part in model.modules() if any(child is embedding for child in part.children())), None)
+    _, decoder = next(parts_with_embedding(model), (None, None))
     if decoder is None:
         raise UnknownStructure(f"no part of its {type(model).__name__} holds its embedding")
-    stacks, others = [], []
+    named_stacks, others = stacks_of(decoder, number), []
     for name, part in decoder.named_children():
-        if isinstance(part, ModuleList) and len(part) == number:
-            stacks.append(part)
-        elif part is not embedding and any(_sizes(leaf) for _, leaf in _leaves(part)):
+        if name not in named_stacks and part is not embedding and any(_sizes(leaf) for _, leaf in _leaves(part)):
             others.append(name)
+    stacks = [*named_stacks.values()]
     if len(stacks) != 1 or others:
         what = f", but {', '.join(others)}" if others else ""
         raise UnknownStructure(f"its {type(decoder).__name__} is not an embedding and {number} layers{what}")

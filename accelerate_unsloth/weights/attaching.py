@@ -9,7 +9,7 @@ from torch import nn
 
 from . import SharedTensor
 from .decoder import DecoderLayer
-from .fetching import FetchedLayer, FetchedTensor, absent
+from .fetching import FetchedLayer, FetchedTensor, Fetcher, absent
 from .layout import Piece
 from .shared_memory import SharedMemory
 
@@ -43,13 +43,12 @@ class Attachment:
 
     Attributes:
         shared (`list[SharedTensor]`): Every shared tensor.
-        fetched (`list[FetchedLayer]`): The layers, for a [`Fetcher`].
     """
 
     def __init__(self, model: nn.Module, layers: list[DecoderLayer], device: torch.device, fetches: bool):
         self._model, self._layers, self._device, self._fetches = model, layers, device, fetches
         self.shared: list[SharedTensor] = []
-        self.fetched: list[FetchedLayer] = []
+        self._found: list[FetchedLayer] = []
 
     def add(self, pieces: Iterable[Piece], memory: torch.Tensor, is_own: bool) -> list[str]:
         """Make parameters of what one rank has moved to `memory`, in its order, and return their names."""
@@ -67,6 +66,10 @@ class Attachment:
             self._note_layer(layer, [piece for piece in parameters if not piece.is_small], memory)
             names += [piece.name for piece in parameters]
         return names
+
+    def make_fetcher(self) -> Fetcher | None:
+        """Return what copies the layers to the device, once all ranks were added; `None` where nothing is copied."""
+        return Fetcher(self._found, self._device) if self._fetches and self._found else None
 
     def _set(self, piece: Piece, stored: torch.Tensor, state: dict | None, is_own: bool) -> None:
         """Set a parameter of the model: the shared copy, a copy of its own, or one that is fetched."""
@@ -86,7 +89,7 @@ class Attachment:
         begin, end = large[0].offset, large[-1].end
         tensors = [FetchedTensor(*self._owner(piece), piece.name, piece.offset - begin) for piece in large]
         layer = self._model.get_submodule(self._layers[index].path)
-        self.fetched.append(FetchedLayer(index, layer, memory[begin:end], tuple(tensors)))
+        self._found.append(FetchedLayer(index, layer, memory[begin:end], tuple(tensors)))
 
     def _owner(self, piece: Piece) -> tuple[nn.Module, str]:
         path, _, name = piece.name.rpartition(".")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..memory.model_shape import parts_with_embedding, stacks_of
+
 
 @dataclass(frozen=True)
 class DecoderLayer:
@@ -31,20 +33,15 @@ def find_layers(model: nn.Module) -> list[DecoderLayer]:
     """
     try:
         number = model.config.get_text_config(decoder=True).num_hidden_layers
-        embedding = model.get_input_embeddings()
+        parts = [*parts_with_embedding(model)]
     except (AttributeError, NotImplementedError, ValueError):  # not a language model, or one with other names
         return []
     tied = getattr(model, "all_tied_weights_keys", {})
-    for path, part in model.named_modules():
-        if not any(child is embedding for child in part.children()):
-            continue
-        stacks = [
-            (f"{path}.{name}" if path else name, child)
-            for name, child in part.named_children()
-            if isinstance(child, nn.ModuleList) and len(child) == number
-        ]
+    for path, part in parts:
+        stacks = stacks_of(part, number)
         if len(stacks) == 1:
-            (stack_path, stack), shared = stacks[0], {*tied, *tied.values()}
+            ((name, stack),), shared = stacks.items(), {*tied, *tied.values()}
+            stack_path = f"{path}.{name}" if path else name
             return [_layer(f"{stack_path}.{index}", layer, shared) for index, layer in enumerate(stack)]
     return []
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..memory.estimate import FETCHED_LAYERS
 from .copying import HostCopier
 from .placement import VARIABLE
 from .slots import SlotPool
 
-SLOTS = 3
 _GRANULE = 256  # bytes; slots are multiples of it, so that they can be viewed as any type
 
 
@@ -98,11 +98,11 @@ class Fetcher:
     def __post_init__(self):
         largest = max(layer.source.numel() for layer in self.layers)
         nbytes = -(-largest // _GRANULE) * _GRANULE
-        self._slots = [torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
+        self._slots = [torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(FETCHED_LAYERS)]
         self._slot_at = {slot.data_ptr(): index for index, slot in enumerate(self._slots)}
         self._layer = {layer.index: layer for layer in self.layers}
         sources = {layer.index: layer.source for layer in self.layers}
-        self._pool = SlotPool([*sources], SLOTS, HostCopier(sources, self._slots))
+        self._pool = SlotPool([*sources], FETCHED_LAYERS, HostCopier(sources, self._slots))
         # As `absent` made them.
         self._away = {layer.index: [tensor.parameter.data for tensor in layer.tensors] for layer in self.layers}
         for layer in self.layers:

@@ -15,18 +15,15 @@ import torch
 
 from ..launch.channel import channel
 from ..launch.topology import topology
+from ..memory.budget import NF4_BYTES
 from ..patches import patched
 from . import PlacedWeights, attach, placement
 from .attaching import Attachment, move
 from .checkpoint import LayeredCheckpoint
 from .copying import pin
 from .decoder import DecoderLayer, find_layers
-from .fetching import Fetcher
 from .layout import Piece, as_bytes, from_bytes
 from .shared_memory import SharedMemory, mapped
-
-# bitsandbytes NF4 with double quantization, in bytes per value (`memory/budget.py`).
-_4BIT_BYTES = 0.516
 
 
 @contextmanager
@@ -64,9 +61,7 @@ def placing(requested: str, device: str, trains_all: bool = False) -> Iterator[N
             attach(model, PlacedWeights(choice))
             return load(model, state_dict, load_config, disk_offload_index)
         info, attached = _load_shared(load, model, state_dict, load_config, layers, torch.device(device))
-        fetches = not computes_with_shared_copy(torch.device(device))
-        fetcher = Fetcher(attached.fetched, torch.device(device)) if fetches and attached.fetched else None
-        attach(model, PlacedWeights(choice, tuple(attached.shared), fetcher))
+        attach(model, PlacedWeights(choice, tuple(attached.shared), attached.make_fetcher()))
         return info, disk_offload_index
 
     with patched(
@@ -112,7 +107,7 @@ def _facts(model, layers: list[DecoderLayer], device: str, cannot_share: str) ->
 def _loaded_bytes(parameter: torch.Tensor) -> float:
     """Return the bytes of a parameter of a model on the meta device, once it is loaded."""
     is_4bit = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * (_4BIT_BYTES if is_4bit else parameter.element_size())
+    return parameter.numel() * (NF4_BYTES if is_4bit else parameter.element_size())
 
 
 def _load_shared(

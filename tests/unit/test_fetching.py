@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from accelerate_unsloth.weights.fetching import SLOTS, FetchedLayer, FetchedTensor, Fetcher, absent
+from accelerate_unsloth.memory.estimate import FETCHED_LAYERS as SLOTS
+from accelerate_unsloth.weights.fetching import FetchedLayer, FetchedTensor, Fetcher, absent
 
 WIDTH, LAYERS = 8, 6
 CPU = torch.device("cpu")

@@ -132,8 +132,10 @@ def _runs(chosen, counts: list[int]) -> list:
         runs = plan(counts, sizes, chosen.batch, chosen.with_trl, chosen.ablation)
     if limits := [float(gib) for gib in chosen.gpu_gib.split(",") if gib]:
         runs = [run for gpu_gib in limits for run in limited(runs, gpu_gib)]
+    if not chosen.use_gradient_checkpointing:
+        return runs
     asked_for = {"use_gradient_checkpointing": chosen.use_gradient_checkpointing}
-    return [replace(run, lora=run.lora | asked_for) if all(asked_for.values()) else run for run in runs]
+    return [replace(run, lora=run.lora | asked_for) for run in runs]
 
 
 def _measure_all(runs: list, works: list, described: dict, out: Path) -> None:

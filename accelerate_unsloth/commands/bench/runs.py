@@ -29,11 +29,8 @@ ABLATIONS = {
     "with Unsloth's checkpointing": ({"ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING": "unsloth"}, ()),
 }
 
-# What of the layers recompute, beside what we choose.
-RECOMPUTATION = {
-    "recomputing all layers": ({"ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING": "unsloth"}, ()),
-    "recomputing none": ({"ACCELERATE_UNSLOTH_GRADIENT_CHECKPOINTING": "none"}, ()),
-}
+# Which layers recompute, beside those that we choose: a value of the plugin's `gradient_checkpointing`.
+RECOMPUTATION = {"recomputing all layers": "unsloth", "recomputing none": "none"}
 
 _EXCEPTION = re.compile(r"(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
 _OF_LAUNCHER = re.compile(r"[\w.]*(?:ChildFailedError|CalledProcessError)")
@@ -104,8 +101,8 @@ def limited(runs: list[Run], gpu_gib: float) -> list[Run]:
     most = max(run.processes for run in runs)
     whole = next(run for run in runs if run.how == "ours" and run.processes == most)
     variants = [
-        replace(whole, name=f"{whole.name} {what}", environment=variables)
-        for what, (variables, _) in RECOMPUTATION.items()
+        replace(whole, name=f"{whole.name} {what}", environment={_VARIABLES["checkpointing"]: mode})
+        for what, mode in RECOMPUTATION.items()
     ]
     return [replace(run, name=f"{run.name}, {gpu_gib:g} GiB", gpu_gib=gpu_gib) for run in [*runs, *variants]]
 
