@@ -85,7 +85,9 @@ class UnslothPlugin:
         None,
         'For `micro_batch="auto"`: most tokens of a micro-batch, padding included. By default what the memory holds.',
     )
-    memory_fraction: float = _option(0.9, 'For `"auto"`: part of each GPU\'s memory that planning may use.')
+    memory_fraction: float = _option(
+        0.9, 'For `"auto"`: part of each GPU\'s memory, or of what other processes leave of it, that planning may use.'
+    )
     gradient_as_bucket_view: bool = _option(
         True, "For `ddp_kwargs()`: let gradients be views of DDP's buckets, which saves one copy of them."
     )

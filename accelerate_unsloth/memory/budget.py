@@ -153,7 +153,7 @@ class Reading:
 
 def read(device, fraction: float) -> Reading:
     """
-    Read how much memory PyTorch may use, if all processes on the GPU together may use `fraction` of it.
+    Read how much memory PyTorch may use: `fraction` of what other processes leave of the GPU.
 
     A limit that was set with `torch.cuda.set_per_process_memory_fraction` counts as the size of the GPU.
     """
@@ -162,8 +162,9 @@ def read(device, fraction: float) -> Reading:
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     allowed = total * torch.cuda.get_per_process_memory_fraction(device)
-    limit = min(total * fraction - others, allowed * fraction)
-    return Reading(limit_bytes=int(limit), used_bytes=torch.cuda.memory_allocated(device))
+    return Reading(
+        limit_bytes=int(fraction * min(total - others, allowed)), used_bytes=torch.cuda.memory_allocated(device)
+    )
 
 
 def tokens_that_fit(

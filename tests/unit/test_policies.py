@@ -252,7 +252,7 @@ def test_a_watchdog_slower_than_the_process_group_is_rejected():
 
 @pytest.mark.parametrize(
     ("others_gib", "allowed", "limit_gib"),
-    [(0, 1.0, 72), (10, 1.0, 62), (0, 0.3, 21.6), (60, 0.3, 12)],  # of 80 GiB, 0.9 of which may be used
+    [(0, 1.0, 72), (10, 1.0, 63), (70, 1.0, 9), (0, 0.3, 21.6), (60, 0.3, 18)],  # of 80 GiB
 )
 def test_a_limit_of_pytorch_counts_as_the_size_of_the_gpu(others_gib, allowed, limit_gib, monkeypatch):
     import torch

@@ -121,8 +121,9 @@ def fine_tune(
         recompute_first (`int`): Decoder layers that recompute their activations, as if nothing fitted with fewer.
         how: What [`load`] takes.
     """
+    before_mib = allocated_mib(case)  # what earlier cases left
     model, tokenizer = load(case, **how)
-    weights_mib = torch.cuda.memory_allocated() / 2**20 if case.on_gpu else 0
+    weights_mib = allocated_mib(case) - before_mib
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()} if measure else {}
     callbacks = [FillMemory()] if fill_memory_of_rank == case.rank else []
@@ -146,6 +147,15 @@ def fine_tune(
     held = processes_by_gpu() if case.on_gpu else []
     seen = {"eval_losses": eval_losses, "devices": devices, "processes_by_gpu": held, "weights_mib": weights_mib}
     return describe(trainer) | seen
+
+
+def allocated_mib(case) -> float:
+    """What the tensors of this process take of its GPU, by PyTorch or not, since no other process changes what it holds now."""
+    if not case.on_gpu:
+        return 0.0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**20
 
 
 def processes_by_gpu() -> list[int]:
