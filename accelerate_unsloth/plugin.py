@@ -68,10 +68,10 @@ class UnslothPlugin:
     )
     frozen_weights: Literal["auto", "replicated", "sharded", "host"] = _option(
         "auto",
-        'Where the frozen weights of decoder layers live: on every rank (`"replicated"`), or once per node in shared memory of '
-        'the machine (`"host"`), from which a GPU copies each layer before it runs, which is experimental. `"auto"` shares them '
-        'where copies for all ranks do not fit; `"sharded"` is not supported yet. The weights are placed when the model is '
-        "loaded, so set it with `ACCELERATE_UNSLOTH_FROZEN_WEIGHTS`.",
+        'Where the frozen weights of decoder layers live: on every rank (`"replicated"`), or once per node, a part on each GPU '
+        '(`"sharded"`) or all in memory of the machine (`"host"`), from which a GPU copies each layer before it runs. `"auto"` '
+        "shares them where copies for all ranks leave no room. The weights are placed when the model is loaded, so set it with "
+        "`ACCELERATE_UNSLOTH_FROZEN_WEIGHTS`.",
     )
     balance_tokens: bool = _option(
         True, "Assign the samples of a step to ranks by their cost, so that no rank waits for another's long rows."

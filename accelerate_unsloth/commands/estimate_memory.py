@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,7 +18,8 @@ def estimate_memory(
     r: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     optim: Annotated[str, typer.Option(help="The Trainer's optimizer.")] = "adamw_8bit",
     frozen_weights: Annotated[
-        str, typer.Option(help="replicated, or host: layers in the machine's memory, experimental on GPUs.")
+        Literal["replicated", "sharded", "host"],
+        typer.Option(help="Where decoder layers are: on each GPU, a part on each, or in the machine's memory."),
     ] = "replicated",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the micro-batch whose peak is shown.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -27,8 +28,8 @@ def estimate_memory(
     from ..memory import model_sizes
     from ..memory.estimate import estimate
 
-    if frozen_weights not in ("replicated", "host"):
-        raise typer.BadParameter(f"{frozen_weights!r} is neither replicated nor host", param_hint="--frozen-weights")
+    if frozen_weights == "sharded" and num_gpus == 1:
+        raise typer.BadParameter("one GPU has no other one to share with", param_hint="--frozen-weights sharded")
     try:
         shape = model_sizes.resolve(model_name).shape
         estimates = {

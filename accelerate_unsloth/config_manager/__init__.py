@@ -213,7 +213,8 @@ class ConfigManager:
         processes, counted = self._processes(num_gpus)
         gpu_gib, read = self._memory(available_memory, processes)
         # Where the number of processes is open, with the buffer that several need.
-        work = Workload(model.shape, model.source, gpu_gib, plugin.memory_fraction, processes or 2, **script)
+        resources = (gpu_gib, plugin.memory_fraction, processes or 2)
+        work = Workload(model.shape, model.source, *resources, **script, frozen_weights=plugin.frozen_weights)
         chosen = work.plan(plugin)
         options: dict[str, Any] = {} if processes is None else {"num_gpus": processes}
         if chosen.checkpointing.mode != "unchanged":

@@ -1,11 +1,14 @@
 """What of a LoRA fine-tune fits a GPU, and the step plan that follows, with its explanation."""
 
+import functools
+import sys
 from dataclasses import dataclass, replace
 
-from ..memory.budget import ModelShape
-from ..memory.estimate import EXPERTS_NOTE, ITEMS, Estimate, estimate
+from ..memory.budget import GIB, ModelShape
+from ..memory.estimate import EXPERTS_NOTE, ITEMS, Estimate, estimate, frozen_bytes
 from ..plugin import UnslothPlugin
 from ..policies.plan import Facts, StepPlan, plan
+from ..weights import placement
 
 # The Trainer's default batch per device, for the time of a step. What fits does not depend on it.
 _SAMPLES_PER_STEP = 8
@@ -24,9 +27,28 @@ class Workload:
     load_in_4bit: bool = True
     r: int = 16
     optim: str = "adamw_8bit"
+    frozen_weights: str = "auto"  # the plugin's option
+
+    @functools.cached_property
+    def placed(self) -> placement.PlacementChoice:
+        """Where the frozen weights will be, if all GPUs are of one machine, can copy from one another, and it has the memory."""
+        layer_bytes, other_bytes = frozen_bytes(self.shape, self.load_in_4bit)
+        facts = placement.Facts(
+            layer_bytes=int(layer_bytes),
+            layers=self.shape.layers,
+            other_bytes=int(other_bytes),
+            local_world_size=self.num_gpus,
+            host_bytes=sys.maxsize,
+            device_bytes=int(self.gpu_gib * GIB),
+        )
+        try:
+            return placement.resolve(self.frozen_weights, facts)
+        except MemoryError as error:
+            raise ValueError(f"{self.name}, in {4 if self.load_in_4bit else 16} bits: {error}") from error
 
     def estimate(self, recomputed: float) -> Estimate:
-        return estimate(self.shape, self.load_in_4bit, self.r, self.optim, recomputed, self.num_gpus)
+        where = self.placed.mode
+        return estimate(self.shape, self.load_in_4bit, self.r, self.optim, recomputed, self.num_gpus, where)
 
     def tokens(self, recomputed: float) -> int:
         """Return the tokens of the largest micro-batch, if this part of the layers recomputes."""
@@ -59,12 +81,9 @@ class Workload:
             f"layers, optim={self.optim!r}",
             "activations": f"{handled}, for steps of {_SAMPLES_PER_STEP} full samples per process: {choice.reason}",
             "micro-batches": f"{split}; the samples of a step stay the script's",
+            "frozen weights": f"{self.placed.mode}: {self.placed.reason}",
             **({"experts": EXPERTS_NOTE} if self.shape.has_experts else {}),
         }
-
-    def _host_gib(self) -> float:
-        shared = estimate(self.shape, self.load_in_4bit, self.r, self.optim, frozen_weights="host")
-        return shared.host_gib
 
     def _does_not_fit(self, recompute: bool) -> str:
         held, tokens = self.estimate(recompute), self.max_seq_length
@@ -81,7 +100,5 @@ class Workload:
             f"{self.name}, in {4 if self.load_in_4bit else 16} bits, does not fit {self.gpu_gib:.1f} GiB. In GiB, each GPU "
             f"holds {items}, and {peak_gib - held.resting_gib:.2f} activations of a sample of {tokens:,} tokens, "
             f"{'recomputed' if recompute else 'kept'}. That is {peak_gib:.2f}, and {self.fraction:g} of the memory is "
-            f"{limit_gib:.2f}. To make it fit, {', '.join(fixes[:-1])} or {fixes[-1]}. More GPUs do not help, because each holds "
-            f"the whole model, unless ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=host keeps the layers in {self._host_gib():.1f} GiB of the "
-            "machine's memory, which is experimental."
+            f"{limit_gib:.2f}. To make it fit, {', '.join(fixes[:-1])} or {fixes[-1]}."
         )

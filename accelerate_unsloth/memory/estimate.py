@@ -56,6 +56,11 @@ class Estimate:
         return self.shape.tokens_within((gpu_gib * fraction - self.resting_gib) * GIB, self.checkpointing)
 
 
+def frozen_bytes(shape: ModelShape, load_in_4bit: bool) -> tuple[float, float]:
+    """Return the bytes of the frozen weights in decoder layers, and of the embeddings, which stay in 16 bits."""
+    return shape.stored_linear_values * (budget.NF4_BYTES if load_in_4bit else 2), 2 * shape.embedding_values
+
+
 def estimate(
     shape: ModelShape,
     load_in_4bit: bool = True,
@@ -69,16 +74,18 @@ def estimate(
     Estimate a LoRA fine-tune with Unsloth; raise `ValueError` for an optimizer that the Trainer does not know.
 
     Embeddings stay in 16 bits, and adapters of rank `r` are on all linear layers. `checkpointing` is Unsloth's, with
-    offloading. With `frozen_weights="host"` the layers are in the memory of the machine, and a GPU holds a few at a time.
+    offloading. With `frozen_weights="host"` the layers are in the memory of the machine, and a GPU holds a few at a time; with
+    `"sharded"` each of the `num_gpus` GPUs, which are of one machine then, holds its part of them as well.
     """
     adapters, working_bytes = shape.lora_values(r), shape.working_bytes
-    linear_bytes, host_bytes = shape.stored_linear_values * (budget.NF4_BYTES if load_in_4bit else 2), 0.0
-    if frozen_weights == "host":
+    linear_bytes, embedding_bytes = frozen_bytes(shape, load_in_4bit)
+    host_bytes = linear_bytes if frozen_weights == "host" else 0.0
+    if frozen_weights != "replicated":
         constants = shape.stored_linear_values * _CONSTANTS_BYTES if load_in_4bit else 0.0
-        host_bytes = linear_bytes
-        linear_bytes = constants + FETCHED_LAYERS * (linear_bytes - constants) / shape.layers
+        held_layers = FETCHED_LAYERS + (shape.layers / num_gpus if frozen_weights == "sharded" else 0)
+        linear_bytes = constants + held_layers * (linear_bytes - constants) / shape.layers
     return Estimate(
-        weights_gib=(linear_bytes + 2 * shape.embedding_values) / GIB,
+        weights_gib=(linear_bytes + embedding_bytes) / GIB,
         adapters_gib=4 * adapters / GIB,
         gradients_gib=4 * adapters / GIB,
         optimizer_gib=state_bytes(optim) * adapters / GIB,

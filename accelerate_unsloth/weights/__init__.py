@@ -3,7 +3,8 @@ Frozen weights of the decoder layers, stored once per node.
 
 With LoRA the base weights do not change, so ranks can share one copy and need no agreement during training. `placement`
 chooses where the layers live, `loading` brings each of them there once per node, `shared_memory` holds them. Where the
-shared copy is not what the device computes with, `fetching` copies each layer to the device before it runs.
+shared copy is not what the device computes with, `fetching` copies each layer to the device before it runs; `peer_memory`
+holds layers on the GPUs themselves.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ class SharedTensor:
 
     module: Any  # `torch.nn.Module`
     name: str  # of the parameter in it
-    stored: Any  # `torch.Tensor`: the shared copy
+    stored: Any  # `torch.Tensor`: the shared copy; `None` where it is on the GPU of another rank
     is_own: bool  # whether this rank loaded it
 
     @property

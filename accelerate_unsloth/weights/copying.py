@@ -1,10 +1,42 @@
 """How the bytes of a layer reach a slot."""
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 
 from .placement import VARIABLE
 
 _pinned = []  # a mapping that ends while it is pinned would leave its addresses pinned
+
+
+class Source(Protocol):
+    """The bytes of a layer, wherever they are."""
+
+    nbytes: int
+
+    def copy_to(self, target: torch.Tensor) -> None:
+        """Copy them to the first bytes of `target`, on the current stream of its device."""
+
+    def on_host(self) -> torch.Tensor:
+        """Return them in memory of the host, of shape `(nbytes,)` and type `uint8`."""
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Bytes that this process has as a tensor. A GPU copies them without the CPU only from memory that is pinned."""
+
+    stored: torch.Tensor  # uint8
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.numel()
+
+    def copy_to(self, target: torch.Tensor) -> None:
+        target[: self.nbytes].copy_(self.stored, non_blocking=True)
+
+    def on_host(self) -> torch.Tensor:
+        return self.stored.cpu()
 
 
 def pin(memory: torch.Tensor) -> None:
@@ -23,18 +55,16 @@ def pin(memory: torch.Tensor) -> None:
     _pinned.append(memory)
 
 
-class HostCopier:
+class StreamCopier:
     """
-    Copies from memory of the host: at once on a CPU, on a stream of its own on a GPU.
-
-    A GPU copies without the CPU only from memory that is pinned.
+    Copies layers into slots: at once on a CPU, on a stream of its own on a GPU.
 
     Args:
-        sources (`dict[int, torch.Tensor]`): The bytes of each layer, on the host.
+        sources (`dict[int, Source]`): The bytes of each layer.
         slots (`list[torch.Tensor]`): Memory of the device, each at least as large as the largest layer.
     """
 
-    def __init__(self, sources: dict[int, torch.Tensor], slots: list[torch.Tensor]):
+    def __init__(self, sources: dict[int, Source], slots: list[torch.Tensor]):
         self._sources, self._slots = sources, slots
         self._on_gpu = slots[0].is_cuda
         if self._on_gpu:
@@ -46,14 +76,13 @@ class HostCopier:
             self._computed = [torch.cuda.Event() for _ in slots]
 
     def begin(self, layer: int, slot: int) -> None:
-        source = self._sources[layer]
-        target = self._slots[slot][: source.numel()]
+        source, target = self._sources[layer], self._slots[slot]
         if not self._on_gpu:
-            target.copy_(source)
+            source.copy_to(target)
             return
         self._stream.wait_event(self._computed[slot])
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            source.copy_to(target)
             self._copied[slot].record()
 
     def wait(self, slot: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..memory.estimate import FETCHED_LAYERS
-from .copying import HostCopier
+from .copying import Source, StreamCopier
 from .placement import VARIABLE
 from .slots import SlotPool
 
@@ -57,12 +57,13 @@ class FetchedTensor:
 
 @dataclass(frozen=True)
 class FetchedLayer:
-    """A decoder layer, its bytes on the host, and its parameters in them."""
+    """A decoder layer, its bytes, and its parameters in them."""
 
     index: int
     module: nn.Module
-    source: torch.Tensor  # uint8
+    source: Source
     tensors: tuple[FetchedTensor, ...]
+    stays: bool = False  # its parameters are its weights all the time
 
     def __deepcopy__(self, memo):
         return self  # hooks of a copied model fetch for the original
@@ -85,7 +86,7 @@ class Fetcher:
     Fetches layers for a model whose decoder layers are given, through hooks on them.
 
     Args:
-        layers (`list[FetchedLayer]`): The layers that are copied; their parameters are [`absent`].
+        layers (`list[FetchedLayer]`): All layers; parameters of those that are copied are [`absent`].
         device (`torch.device`): Where they are computed.
     """
 
@@ -96,14 +97,14 @@ class Fetcher:
     _keeps_no_views: set[int] = field(default_factory=set)  # layers whose custom functions were looked at
 
     def __post_init__(self):
-        largest = max(layer.source.numel() for layer in self.layers)
+        sources = {layer.index: layer.source for layer in self.layers if not layer.stays}
+        largest = max(source.nbytes for source in sources.values())
         nbytes = -(-largest // _GRANULE) * _GRANULE
         self._slots = [torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(FETCHED_LAYERS)]
         self._slot_at = {slot.data_ptr(): index for index, slot in enumerate(self._slots)}
         self._layer = {layer.index: layer for layer in self.layers}
-        sources = {layer.index: layer.source for layer in self.layers}
-        self._pool = SlotPool([*sources], FETCHED_LAYERS, HostCopier(sources, self._slots))
-        # As `absent` made them.
+        self._pool = SlotPool([*sources], FETCHED_LAYERS, StreamCopier(sources, self._slots))
+        # As `absent` made them, or the weights of a layer that stays.
         self._away = {layer.index: [tensor.parameter.data for tensor in layer.tensors] for layer in self.layers}
         for layer in self.layers:
             self._install_hooks(layer)
@@ -111,13 +112,13 @@ class Fetcher:
     def __deepcopy__(self, memo):
         return self
 
-    def use(self, index: int, forward: bool = True) -> int:
-        """Let the parameters of a layer be its weights, until another layer is used; return its slot."""
+    def use(self, index: int, forward: bool = True) -> int | None:
+        """Let the parameters of a layer be its weights, until another layer is used; return its slot, if it is in one."""
         slot = self._pool.use(index, forward)
         for other, shown in list(self._shown.items()):
             if self._pool.contents[other] != shown:
                 self._hide(self._shown.pop(other))
-        if slot not in self._shown:
+        if slot is not None and slot not in self._shown:
             self._shown[slot] = index
             for tensor, away in zip(self._layer[index].tensors, self._away[index], strict=True):
                 tensor.parameter.data = self._view(slot, away.dtype, away.shape, away.stride(), tensor.offset)
@@ -131,8 +132,9 @@ class Fetcher:
     def stopped(self) -> Iterator[None]:
         """Let the parameters of all layers be the copies on the host while the body runs, in which no layer may run."""
         for layer in self.layers:
+            on_host = layer.source.on_host()
             for tensor, away in zip(layer.tensors, self._away[layer.index], strict=True):
-                stored = layer.source[tensor.offset : tensor.offset + away.nbytes]
+                stored = on_host[tensor.offset : tensor.offset + away.nbytes]
                 tensor.parameter.data = stored.view(away.dtype).view(away.shape).data
         try:
             yield
@@ -161,7 +163,7 @@ class Fetcher:
         # Recomputed layers save nothing here: their views live from the recomputation to the backward right after it.
         recomputes = getattr(module, "gradient_checkpointing", False) and module.training
         saving = ExitStack()
-        if torch.is_grad_enabled() and not recomputes:
+        if torch.is_grad_enabled() and not recomputes and not layer.stays:
             saving.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
         self._running.append((saving, torch.autograd._get_sequence_nr()))
 
@@ -175,7 +177,11 @@ class Fetcher:
         outputs = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
         if not outputs:
             return
-        if layer.index not in self._keeps_no_views and not self._keep_parameters(layer, outputs, first_node):
+        if (
+            not layer.stays
+            and layer.index not in self._keeps_no_views
+            and not self._keep_parameters(layer, outputs, first_node)
+        ):
             self._keeps_no_views.add(layer.index)
         # Its gradient is complete before anything of the layer runs backward.
         outputs[0].register_hook(lambda gradient: self._before_backward(layer))

@@ -52,12 +52,20 @@ class Piece:
         return self.is_state or len(self.shape) < 2
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
     def end(self) -> int:
-        return self.offset + math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        return self.offset + math.prod(self.shape) * self.torch_dtype.itemsize
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """Return the tensor in `memory`, which is of bytes. Autograd takes it for a tensor without relatives."""
-        return memory[self.offset : self.end].view(getattr(torch, self.dtype)).view(self.shape).data
+        """Return the tensor in `memory`, which is of bytes."""
+        return self.of_bytes(memory[self.offset : self.end])
+
+    def of_bytes(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the tensor that bytes are. Autograd takes it for a tensor without relatives."""
+        return values.view(self.torch_dtype).view(self.shape).data
 
 
 def as_bytes(pieces: list[Piece]) -> torch.Tensor:

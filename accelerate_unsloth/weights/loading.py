@@ -7,8 +7,9 @@ Cost: one exchange of addresses.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from ..launch.topology import topology
 from ..memory.budget import NF4_BYTES
 from ..patches import patched
 from . import PlacedWeights, attach, placement
-from .attaching import Attachment, move
+from .attaching import Attachment, Found, Store, move
 from .checkpoint import LayeredCheckpoint
 from .copying import pin
 from .decoder import DecoderLayer, find_layers
 from .layout import Piece, as_bytes, from_bytes
+from .peer_memory import DeviceMemory, PeerMemory, why_no_copies
 from .shared_memory import SharedMemory, mapped
 
 
@@ -44,23 +46,24 @@ def placing(requested: str, device: str, trains_all: bool = False) -> Iterator[N
 
     load, warm_up = modeling_utils.convert_and_load_state_dict_in_model, modeling_utils.caching_allocator_warmup
 
-    def resolve(model, layers: list[DecoderLayer], device_map, quantizer) -> placement.PlacementChoice:
+    def facts(model, layers: list[DecoderLayer], device_map, quantizer) -> placement.Facts:
         why = "all weights are trained, and each rank changes its own" if trains_all else ""
-        facts = _facts(model, layers, device, why or _why_not_shared(model, layers, device_map, quantizer))
-        return placement.resolve(requested, facts)
+        return _facts(model, layers, device, why or _why_not_shared(model, layers, device_map, quantizer))
 
     def warm_up_if_replicated(model, expanded_device_map, hf_quantizer):
         """It would allocate the whole model on the GPU before anything is read."""
-        if resolve(model, find_layers(model), expanded_device_map, hf_quantizer).mode == "replicated":
+        found = facts(model, find_layers(model), expanded_device_map, hf_quantizer)
+        if placement.resolve(requested, found).mode == "replicated":
             warm_up(model, expanded_device_map, hf_quantizer)
 
     def place_and_load(model, state_dict, load_config, disk_offload_index=None):
         layers = find_layers(model)
-        choice = resolve(model, layers, load_config.device_map, load_config.hf_quantizer)
+        choice = _resolve(requested, facts(model, layers, load_config.device_map, load_config.hf_quantizer), device)
         if choice.mode == "replicated":
             attach(model, PlacedWeights(choice))
             return load(model, state_dict, load_config, disk_offload_index)
-        info, attached = _load_shared(load, model, state_dict, load_config, layers, torch.device(device))
+        checkpoint = LayeredCheckpoint(load, model, load_config, layers, state_dict)
+        info, attached = _load_shared(checkpoint, model, layers, torch.device(device), choice.mode == "sharded")
         attach(model, PlacedWeights(choice, tuple(attached.shared), attached.make_fetcher()))
         return info, disk_offload_index
 
@@ -75,6 +78,14 @@ def placing(requested: str, device: str, trains_all: bool = False) -> Iterator[N
 def computes_with_shared_copy(device: torch.device) -> bool:
     """Return whether the shared copy itself is what layers on a device compute with."""
     return device.type == "cpu"
+
+
+def _resolve(requested: str, facts: placement.Facts, device: str) -> placement.PlacementChoice:
+    """Choose, with a try whether GPUs can copy from one another where that decides; all ranks of a node try together."""
+    choice = placement.resolve(requested, facts)
+    if choice.mode == "sharded" and (why := why_no_copies(torch.device(device))):
+        return placement.resolve(requested, replace(facts, no_peer_copies=why))
+    return choice
 
 
 def _why_not_shared(model, layers: list[DecoderLayer], device_map, quantizer) -> str:
@@ -96,6 +107,7 @@ def _facts(model, layers: list[DecoderLayer], device: str, cannot_share: str) ->
     layer_bytes = sum(sizes[name] for layer in layers for name in layer.parameters)
     return placement.Facts(
         layer_bytes=int(layer_bytes),
+        layers=len(layers),
         other_bytes=int(sum(sizes.values()) - layer_bytes),
         local_world_size=topology().local_world_size,
         host_bytes=placement.host_bytes(),
@@ -111,37 +123,59 @@ def _loaded_bytes(parameter: torch.Tensor) -> float:
 
 
 def _load_shared(
-    load: Callable, model, state_dict: dict, load_config, layers: list[DecoderLayer], device: torch.device
+    checkpoint: LayeredCheckpoint, model, layers: list[DecoderLayer], device: torch.device, keeps_own: bool
 ) -> tuple[Any, Attachment]:
-    """Load the layers of this rank, and share all of the node; return what transformers reports, and what was attached."""
-    checkpoint = LayeredCheckpoint(load, model, load_config, layers, state_dict)
+    """
+    Load the layers of this rank, and share all of the node; return what transformers reports, and what was attached.
+
+    With `keeps_own` each rank holds its layers on its device.
+    """
     fetches = not computes_with_shared_copy(device)
-    attached = Attachment(model, layers, device, fetches)
+    attached, place = Attachment(model, layers, device, fetches, keeps_own), topology()
+    on_gpu = DeviceMemory(device) if keeps_own and device.type == "cuda" else None
     with SharedMemory() as memory:
-        pieces, place = _load_own(checkpoint, model, len(layers), memory), topology()
+        own_layers = _own_layers(len(layers), keeps_own)
+        pieces = _load_own(checkpoint, model, own_layers, memory, on_gpu or memory)
         table = memory.append(as_bytes(pieces))  # with many experts too long for a message
-        own = {"table": table, "address": memory.address()} | checkpoint.report()
+        addresses = {"address": memory.address(), "on_gpu": on_gpu.address() if on_gpu else None}
+        own = {"table": table} | addresses | checkpoint.report()
         everyone = channel().gather("frozen weights loaded", own, place.node_ranks)
         for rank, sent in zip(place.node_ranks, everyone, strict=True):
             checkpoint.add_report(sent)
-            memory_of_rank = mapped(sent["address"], private=not fetches)
-            if device.type == "cuda":
-                pin(memory_of_rank)
-            found = from_bytes(memory_of_rank[sent["table"] :])
-            checkpoint.info.missing_keys -= {*attached.add(found, memory_of_rank, rank == place.rank)}
+            of_rank = mapped(sent["address"], private=not fetches)
+            if device.type == "cuda" and not on_gpu:
+                pin(of_rank)
+            is_own = rank == place.rank
+            peer = PeerMemory(sent["on_gpu"], device) if on_gpu and not is_own else None
+            pieces = from_bytes(of_rank[sent["table"] :])
+            found = Found(pieces, of_rank, on_gpu if is_own else None, peer, is_own)
+            checkpoint.info.missing_keys -= {*attached.add(found)}
         channel().gather("frozen weights mapped", True, place.node_ranks)  # before any rank closes its memory
     with suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # what conversions have used and glibc has kept
     return checkpoint.info, attached
 
 
-def _load_own(checkpoint: LayeredCheckpoint, model, number: int, memory: SharedMemory) -> list[Piece]:
-    """Load what every rank holds, and move the layers of this rank to `memory`, one by one."""
+def _own_layers(number: int, dealt: bool) -> list[int]:
+    """
+    Return the layers that this rank loads: neighbours, which are in the same files, or `dealt` one by one.
+
+    Where a rank keeps its layers, the copy of another rank's has more time if its own run before it.
+    """
+    place = topology()
+    if dealt:
+        return [*range(place.local_rank, number, place.local_world_size)]
+    return [index for index in range(number) if index * place.local_world_size // number == place.local_rank]
+
+
+def _load_own(
+    checkpoint: LayeredCheckpoint, model, layers: list[int], memory: SharedMemory, large_memory: Store
+) -> list[Piece]:
+    """Load what every rank holds, and move the layers of this rank to memory that others read, one by one."""
     from transformers.utils import logging
 
-    place, pieces = topology(), []
-    own = [index for index in range(number) if index * place.local_world_size // number == place.local_rank]
+    pieces = []
     with checkpoint.opened():
-        for index in logging.tqdm(own, desc="Loading layers"):
-            pieces += move(model, index, checkpoint.read_layer(index), memory)
+        for index in logging.tqdm(layers, desc="Loading layers"):
+            pieces += move(model, index, checkpoint.read_layer(index), memory, large_memory)
     return pieces

@@ -1,8 +1,9 @@
 """
 Where the frozen weights of decoder layers live.
 
-`replicated`: every rank holds all of them. `host`: one copy per node in shared memory. Every rank chooses for itself, from what
-is the same on all ranks of a node, so that a script may load a replicated model on one rank only.
+`replicated`: every rank holds all of them. `sharded`: each GPU of a node holds a part of the layers, and the others copy them
+from it. `host`: one copy per node in shared memory. Every rank chooses for itself, from what is the same on all ranks of a
+node, so that a script may load a replicated model on one rank only.
 """
 
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import psutil
 
+from ..memory.estimate import FETCHED_LAYERS
+
 _GIB = 2**30
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
-# Part of the machine's memory that weights may take; libraries, data and activations need the rest. On a GPU only weights that
-# are larger than all of it are shared without being asked for, as long as that is experimental there.
-_HOST_FRACTION, _DEVICE_FRACTION = 0.7, 1.0
+# Part of a memory that weights may take. On a machine the rest is for libraries, data and activations; on a GPU for adapters,
+# their optimizer, and micro-batches that keep it busy.
+_HOST_FRACTION, _DEVICE_FRACTION = 0.7, 0.75
+_MOST_OF_DEVICE = 0.9  # where nothing else would leave more room
 
 VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
 
@@ -25,16 +29,18 @@ class Facts:
     """What the choice depends on."""
 
     layer_bytes: int  # frozen weights of all decoder layers, as loaded
+    layers: int
     other_bytes: int  # embeddings, head and the rest, which every rank holds
     local_world_size: int
     host_bytes: int  # memory of this machine, or of the container
     device_bytes: int | None = None  # memory of the smallest GPU of this process's machine; None on a CPU
     cannot_share: str = ""  # why the layers cannot be shared, as one clause
+    no_peer_copies: str = ""  # why the GPUs cannot copy from one another, as one clause
 
 
 @dataclass(frozen=True)
 class PlacementChoice:
-    mode: str  # "replicated" | "host"
+    mode: str  # "replicated" | "sharded" | "host"
     reason: str  # one clause, shown in the start-up table
 
 
@@ -44,46 +50,46 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
 
     Raises:
         ValueError: for a placement that is not possible here.
-        MemoryError: if the memory of the machine does not hold the model, with the arithmetic.
+        MemoryError: if the memory does not hold the model, with the arithmetic.
 
     Example:
 
     ```python
     >>> from accelerate_unsloth.weights.placement import Facts, resolve
-    >>> resolve("auto", Facts(layer_bytes=30 * 2**30, other_bytes=2**30, local_world_size=4, host_bytes=64 * 2**30)).mode
+    >>> facts = Facts(layer_bytes=30 * 2**30, layers=32, other_bytes=2**30, local_world_size=4, host_bytes=64 * 2**30)
+    >>> resolve("auto", facts).mode
     'host'
     ```
     """
     if requested == "replicated":
         return PlacementChoice("replicated", "asked for")
-    if why := _why_impossible(requested, facts):
-        if requested != "auto":
+    impossible = {"host": facts.cannot_share, "sharded": facts.cannot_share or _why_not_sharded(facts)}
+    if requested != "auto":
+        if why := impossible[requested]:
             raise ValueError(f"frozen_weights={requested!r} is not possible: {why}. Set {VARIABLE}=replicated.")
+        if lacks := _what_lacks(requested, facts, _MOST_OF_DEVICE):
+            raise MemoryError(_does_not_fit(lacks))
+        return PlacementChoice(requested, f"asked for; {_where(requested, facts)}")
+    if why := facts.cannot_share or _why_replicated(facts):
         return PlacementChoice("replicated", why)
-    processes, model_bytes = facts.local_world_size, facts.layer_bytes + facts.other_bytes
-    if requested == "auto" and (why := _why_replicated(model_bytes, facts)):
-        return PlacementChoice("replicated", why)
-    needed = facts.layer_bytes + processes * facts.other_bytes
-    if needed > facts.host_bytes:
-        raise MemoryError(
-            f"The model does not fit this machine: {_size(facts.layer_bytes)} of decoder layers once and {processes} x "
-            f"{_size(facts.other_bytes)} of other weights are {_size(needed)}, and the machine has "
-            f"{_size(facts.host_bytes)}. Use a smaller model or type, fewer processes, or a machine with more memory."
-        )
-    shared = f"one copy of {_size(facts.layer_bytes)} of decoder layers for all processes of this machine"
-    if requested == "host":
-        return PlacementChoice("host", f"asked for; {shared}")
-    if facts.device_bytes is not None:
-        shared = f"{_size(model_bytes)} of weights leave no room on {_size(facts.device_bytes)}; {shared}"
-    return PlacementChoice("host", shared)
+    fractions = {"sharded": _DEVICE_FRACTION, "host": _MOST_OF_DEVICE}
+    lacks = {mode: _what_lacks(mode, facts, most) for mode, most in fractions.items() if not impossible[mode]}
+    for mode, what in lacks.items():
+        if not what:
+            too_large = (
+                f"{_size(facts.layer_bytes + facts.other_bytes)} of weights leave no room on {_device(facts)}; "
+            )
+            return PlacementChoice(mode, (too_large if facts.device_bytes else "") + _where(mode, facts))
+    raise MemoryError(_does_not_fit("; ".join(lacks.values())))
 
 
-def _why_replicated(model_bytes: int, facts: Facts) -> str:
+def _why_replicated(facts: Facts) -> str:
     """Return why each rank gets its own copy, as a clause; empty if copies do not fit."""
-    processes = facts.local_world_size
+    processes, model_bytes = facts.local_world_size, facts.layer_bytes + facts.other_bytes
     if facts.device_bytes is not None:
-        fits = model_bytes <= _DEVICE_FRACTION * facts.device_bytes
-        return f"{_size(model_bytes)} of weights fit {_size(facts.device_bytes)}" if fits else ""
+        fraction = _MOST_OF_DEVICE if _why_not_sharded(facts) else _DEVICE_FRACTION
+        fits = model_bytes <= fraction * facts.device_bytes
+        return f"{_size(model_bytes)} of weights fit {_device(facts)}" if fits else ""
     if processes == 1:
         return "one process on this machine"
     fits = processes * model_bytes <= _HOST_FRACTION * facts.host_bytes
@@ -92,12 +98,52 @@ def _why_replicated(model_bytes: int, facts: Facts) -> str:
     )
 
 
-def _why_impossible(requested: str, facts: Facts) -> str:
-    if requested == "sharded":
+def _why_not_sharded(facts: Facts) -> str:
+    if facts.device_bytes is None:
+        return "there are no GPUs whose memory could hold parts of the model; 'host' shares the memory of the machine"
+    if facts.local_world_size == 1:
+        return "one process has one GPU; 'host' keeps the layers in the memory of the machine"
+    return facts.no_peer_copies
+
+
+def _what_lacks(mode: str, facts: Facts, fraction: float) -> str:
+    """Return what does not fit, with the layers stored once and `fraction` of a GPU for weights; empty if all does."""
+    processes, on_gpu = facts.local_world_size, facts.device_bytes is not None
+    others = 0 if on_gpu else processes * facts.other_bytes
+    if mode == "host" and facts.layer_bytes + others > facts.host_bytes:
+        added = f" and {processes} x {_size(facts.other_bytes)} of other weights" if others else ""
         return (
-            "layers in the memory of other GPUs are not supported yet; 'host' shares them in the memory of the machine"
+            f"{_size(facts.layer_bytes)} of decoder layers once{added} are {_size(facts.layer_bytes + others)}, and the machine "
+            f"has {_size(facts.host_bytes)}"
         )
-    return facts.cannot_share
+    part = facts.layer_bytes / processes if mode == "sharded" else 0
+    slots = FETCHED_LAYERS * facts.layer_bytes / max(1, facts.layers)
+    needed = part + slots + facts.other_bytes
+    if on_gpu and needed > fraction * facts.device_bytes:
+        parts = f"{_size(part)} of decoder layers, " if part else ""
+        return (
+            f"{parts}{_size(slots)} for {FETCHED_LAYERS} layers that are copied and {_size(facts.other_bytes)} of other weights "
+            f"are {_size(needed)} on each GPU, of {_device(facts)}"
+        )
+    return ""
+
+
+def _does_not_fit(why: str) -> str:
+    return (
+        f"The model does not fit this machine: {why}. Use a smaller model or type, 4-bit weights, fewer processes on a CPU, "
+        "more GPUs, or a machine with more memory."
+    )
+
+
+def _where(mode: str, facts: Facts) -> str:
+    if mode == "sharded":
+        part = _size(facts.layer_bytes / facts.local_world_size)
+        return f"{part} of decoder layers on each of {facts.local_world_size} GPUs, which copy the others' before they run"
+    return f"one copy of {_size(facts.layer_bytes)} of decoder layers for all processes of this machine"
+
+
+def _device(facts: Facts) -> str:
+    return _size(facts.device_bytes or 0)
 
 
 def host_bytes() -> int:

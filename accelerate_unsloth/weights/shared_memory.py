@@ -45,6 +45,10 @@ class SharedMemory:
         """Close it here. Those who have mapped it keep it."""
         os.close(self._descriptor)
 
+    def put(self, tensors: list[torch.Tensor]) -> list[int]:
+        """Write tensors of any type behind one another, and return their offsets in bytes."""
+        return [self.append(tensor) for tensor in tensors]
+
     def append(self, tensor: torch.Tensor) -> int:
         """Write a tensor of any type, and return its offset in bytes."""
         begin = offset = -(-self._nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -107,16 +107,31 @@ def test_the_processes_of_a_node_hold_one_copy(placement, processes, tiny_model,
 
 
 @pytest.mark.parametrize(
-    ("kind", "recomputes"), [("deep", False), ("deep", True), slow("experts", False), slow("experts", True)]
+    ("shared", "kind", "recomputes"),
+    [
+        ("host", "deep", False),
+        ("host", "deep", True),
+        ("sharded", "deep", False),
+        slow("host", "experts", False),
+        slow("host", "experts", True),
+        slow("sharded", "deep", True),
+        slow("sharded", "experts", False),
+    ],
 )
-def test_layers_that_are_fetched_train_as_replicas_do(kind, recomputes, deep_model, experts, uneven_data, tmp_path):
-    """As on a GPU: a layer's weights are there only while it runs, in three slots for all layers."""
+def test_layers_that_are_fetched_train_as_replicas_do(
+    shared, kind, recomputes, deep_model, experts, uneven_data, tmp_path
+):
+    """
+    As on a GPU: a layer's weights are there only while it runs, in three slots for all layers.
+
+    With `sharded` those of this rank's layers are there all the time; the memory of the other GPU is that of the machine.
+    """
     model = {"deep": deep_model, "experts": experts}[kind]
     options = {"evaluate": True, "save": True, "lora": {"use_gradient_checkpointing": recomputes}}
-    for placement, fetch in (("replicated", False), ("host", True)):
+    for placement, fetch in (("replicated", False), (shared, True)):
         finished = train(tmp_path / placement, model, uneven_data, placement, 2, fetch=fetch, **options)
         assert finished.status == 0, finished.output[-4000:]
-    replicated, fetched = tmp_path / "replicated", tmp_path / "host"
+    replicated, fetched = tmp_path / "replicated", tmp_path / shared
     assert result(fetched)["losses"] == result(replicated)["losses"]
     assert result(fetched)["eval_losses"] == result(replicated)["eval_losses"]
     assert_equal(weights_of(fetched), weights_of(replicated))
@@ -175,7 +190,7 @@ def test_a_run_resumes_under_another_placement(tiny_model, uneven_data, tmp_path
     ("options", "placement", "message"),
     [
         ({"load": {"full_finetuning": True}}, "host", "all weights are trained"),
-        ({}, "sharded", "are not supported yet"),
+        ({}, "sharded", "there are no GPUs whose memory could hold parts"),
         ({"plugin": {"frozen_weights": "host"}}, "replicated", "comes too late"),
     ],
 )

@@ -272,7 +272,8 @@ def test_every_assumption_is_said():
     assert len(config.explain().splitlines()) == len(config.assumptions)
 
 
-def test_what_does_not_fit_is_rejected_with_the_arithmetic_and_what_would():
+def test_what_does_not_fit_is_rejected_with_the_arithmetic_and_what_would(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_FROZEN_WEIGHTS", "replicated")
     with pytest.raises(ValueError, match=r"does not fit 14\.9 GiB.*0\.9 of the memory is 13\.41") as caught:
         manager.get_optimal_config("8B", "16GB", 2, load_in_4bit=False)
     held = estimate(LLAMA_8B, load_in_4bit=False, num_gpus=2)
@@ -285,7 +286,22 @@ def test_what_does_not_fit_is_rejected_with_the_arithmetic_and_what_would():
         manager.get_optimal_config("8B", enough - 0.3, 2, load_in_4bit=False)
 
 
-def test_a_fix_is_only_named_where_it_helps():
+@pytest.mark.parametrize(
+    ("num_gpus", "memory", "mode"),
+    [(1, "80GB", "replicated"), (1, "24GB", "host"), (2, "24GB", "host"), (4, "24GB", "sharded")],
+)
+def test_weights_are_shared_where_they_leave_no_room(num_gpus, memory, mode):
+    config = manager.get_optimal_config("70B", memory, num_gpus)
+    assert config.assumptions["frozen weights"].startswith(f"{mode}: ")
+    assert config["plugin"].micro_batch_tokens >= 2048
+
+
+def test_a_model_that_fits_nowhere_is_rejected():
+    with pytest.raises(ValueError, match=r"70B, .* in 16 bits: The model does not fit this machine: .* of 5\.6 GiB"):
+        manager.get_optimal_config("70B", "6GB", 2, load_in_4bit=False)
+
+
+def test_a_fix_is_only_named_where_it_helps(monkeypatch):
     with pytest.raises(ValueError, match="does not fit") as caught:
         manager.get_optimal_config("8B", "12GB", 1, max_seq_length=60_000)
     most = int(re.search(r"at most ([\d,]*\d)", str(caught.value))[1].replace(",", ""))
@@ -293,6 +309,7 @@ def test_a_fix_is_only_named_where_it_helps():
     assert manager.get_optimal_config("8B", "12GB", 1, max_seq_length=most)
     with pytest.raises(ValueError, match="does not fit"):
         manager.get_optimal_config("8B", "12GB", 1, max_seq_length=most + 1)
+    monkeypatch.setenv("ACCELERATE_UNSLOTH_FROZEN_WEIGHTS", "replicated")
     with pytest.raises(
         ValueError, match=r"recomputed\. That is [\d.]+, and .* To make it fit, choose a smaller model"
     ):

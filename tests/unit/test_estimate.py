@@ -175,6 +175,9 @@ def test_layers_in_the_memory_of_the_machine_leave_three_and_their_constants_on_
         on_gpu_gib = shared.weights_gib - 2 * shape.embedding_values / GIB
         constants_gib = shape.stored_linear_values * (1 / 64 + 4 / (64 * 256)) / GIB if in_4bit else 0
         assert on_gpu_gib == pytest.approx(constants_gib + 3 / 80 * (layers_gib - constants_gib))
+    halves = estimate(shape, num_gpus=2, frozen_weights="sharded").weights_gib
+    whole, shared = (estimate(shape, frozen_weights=where).weights_gib for where in ("replicated", "host"))
+    assert halves == pytest.approx(shared + (whole - shared) * 40 / 77)
     # The model that FSDP-QLoRA is known for: 4 bits, GPUs of 24 GiB.
     fits = [estimate(shape, frozen_weights=where).largest_micro_batch(24) for where in ("replicated", "host")]
     assert fits[0] == 0

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from accelerate_unsloth.memory.estimate import FETCHED_LAYERS as SLOTS
+from accelerate_unsloth.weights.copying import TensorSource
 from accelerate_unsloth.weights.fetching import FetchedLayer, FetchedTensor, Fetcher, absent
 
 WIDTH, LAYERS = 8, 6
@@ -103,8 +104,8 @@ class Model(nn.Module):
         return hidden
 
 
-def fetched(model: Model) -> Fetcher:
-    """Move the frozen weights of a model's layers out of it."""
+def fetched(model: Model, stays: tuple[int, ...] = ()) -> Fetcher:
+    """Move the frozen weights of a model's layers out of it, but for those that stay."""
     layers = []
     for index, layer in enumerate(model.layers):
         tensors, parts, offset = [], [], 0
@@ -113,8 +114,9 @@ def fetched(model: Model) -> Fetcher:
             tensors.append(FetchedTensor(getattr(layer, name), "weight", f"layers.{index}.{name}.weight", offset))
             parts.append(weight.data.reshape(-1).view(torch.uint8).clone())
             offset += weight.nbytes
-            weight.data = absent(tensors[-1].full_name, weight.shape, weight.dtype, CPU)
-        layers.append(FetchedLayer(index, layer, torch.cat(parts), tuple(tensors)))
+            if index not in stays:
+                weight.data = absent(tensors[-1].full_name, weight.shape, weight.dtype, CPU)
+        layers.append(FetchedLayer(index, layer, TensorSource(torch.cat(parts)), tuple(tensors), index in stays))
     return Fetcher(layers, CPU)
 
 
@@ -131,14 +133,16 @@ def gradients(model, forwards=1, between=()):
     return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize(("forwards", "between"), [(1, ()), (2, ()), (1, (0, 4))])
+@pytest.mark.parametrize(
+    ("forwards", "between", "stays"), [(1, (), ()), (2, (), ()), (1, (0, 4), ()), (1, (0, 4), (0, 3))]
+)
 @pytest.mark.parametrize("recomputes", [0, 1, 2], ids=["kept", "reentrant", "not reentrant"])
 @pytest.mark.parametrize("calls_children", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_those_of_resident_weights(way, calls_children, recomputes, forwards, between):
+def test_gradients_are_those_of_resident_weights(way, calls_children, recomputes, forwards, between, stays):
     """Two forwards before the backward are those of DPO."""
     models = Model(WAYS[way], calls_children), Model(WAYS[way], calls_children)
-    fetched(models[1])
+    fetched(models[1], stays)
     for model in models:
         for layer in model.layers:
             layer.gradient_checkpointing = recomputes

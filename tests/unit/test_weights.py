@@ -17,7 +17,7 @@ from accelerate_unsloth.weights.placement import Facts, resolve
 from accelerate_unsloth.weights.shared_memory import SharedMemory, mapped
 
 GIB = 2**30
-FACTS = Facts(layer_bytes=30 * GIB, other_bytes=2 * GIB, local_world_size=2, host_bytes=128 * GIB)
+FACTS = Facts(layer_bytes=30 * GIB, layers=30, other_bytes=2 * GIB, local_world_size=2, host_bytes=128 * GIB)
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8, "num_hidden_layers": 2}
 
 
@@ -32,7 +32,11 @@ SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vo
         (replace(FACTS, host_bytes=40 * GIB), "host"),
         (replace(FACTS, host_bytes=40 * GIB, cannot_share="no layers were found"), "replicated"),
         (replace(FACTS, host_bytes=40 * GIB, device_bytes=80 * GIB), "replicated"),
-        (replace(FACTS, device_bytes=24 * GIB), "host"),
+        (replace(FACTS, device_bytes=40 * GIB), "sharded"),
+        (replace(FACTS, device_bytes=40 * GIB, no_peer_copies="no peer access"), "replicated"),
+        (replace(FACTS, device_bytes=28 * GIB), "sharded"),
+        (replace(FACTS, device_bytes=24 * GIB, no_peer_copies="no peer access"), "host"),
+        (replace(FACTS, device_bytes=16 * GIB), "host"),
         (replace(FACTS, device_bytes=24 * GIB, local_world_size=1), "host"),
         (replace(FACTS, device_bytes=24 * GIB, cannot_share="no layers were found"), "replicated"),
         (replace(FACTS, host_bytes=40 * GIB, local_world_size=1), "replicated"),
@@ -43,17 +47,40 @@ def test_weights_are_shared_where_copies_do_not_fit(facts, mode):
     assert resolve("replicated", facts).mode == "replicated"
 
 
-def test_a_model_that_does_not_fit_is_rejected_with_the_arithmetic():
-    message = r"30\.0 GiB of decoder layers once and 2 x 2\.0 GiB of other weights are 34\.0 GiB, .* has 33\.0 GiB"
-    for requested in ("auto", "host"):
-        with pytest.raises(MemoryError, match=message):
-            resolve(requested, replace(FACTS, host_bytes=33 * GIB))
+ON_CPU = r"30\.0 GiB of decoder layers once and 2 x 2\.0 GiB of other weights are 34\.0 GiB, .* has 33\.0 GiB"
+SHARDED = (
+    r"15\.0 GiB of decoder layers, 3\.0 GiB for 3 layers that are copied and 2\.0 GiB of other weights are 20\.0 GiB"
+)
+FROM_HOST = r"machine: 3\.0 GiB for 3 layers that are copied and 2\.0 GiB of other weights are 5\.0 GiB on each GPU, of 4\.0 GiB"
+
+
+@pytest.mark.parametrize(
+    ("requested", "facts", "message"),
+    [
+        ("auto", replace(FACTS, host_bytes=33 * GIB), ON_CPU),
+        ("host", replace(FACTS, host_bytes=33 * GIB), ON_CPU),
+        ("sharded", replace(FACTS, device_bytes=22 * GIB), SHARDED),
+        ("host", replace(FACTS, device_bytes=4 * GIB), FROM_HOST),
+        ("auto", replace(FACTS, device_bytes=22 * GIB, host_bytes=29 * GIB), SHARDED),
+        (
+            "auto",
+            replace(FACTS, device_bytes=22 * GIB, host_bytes=29 * GIB),
+            r"30\.0 GiB of decoder layers once are 30\.0",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_rejected_with_the_arithmetic(requested, facts, message):
+    with pytest.raises(MemoryError, match=message):
+        resolve(requested, facts)
 
 
 @pytest.mark.parametrize(
     ("requested", "facts", "why"),
     [
-        ("sharded", FACTS, "not supported yet"),
+        ("sharded", FACTS, "there are no GPUs"),
+        ("sharded", replace(FACTS, device_bytes=40 * GIB, local_world_size=1), "one process has one GPU"),
+        ("sharded", replace(FACTS, device_bytes=40 * GIB, no_peer_copies="no peer access"), "no peer access"),
+        ("sharded", replace(FACTS, device_bytes=40 * GIB, cannot_share="no layers"), "no layers"),
         ("host", replace(FACTS, cannot_share="no layers were found"), "no layers were found"),
     ],
 )

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from accelerate_unsloth.engines import kernels
 from accelerate_unsloth.launch.channel import channel
 from accelerate_unsloth.policies import activation_checkpointing
-from accelerate_unsloth.weights import loading, placed_weights
+from accelerate_unsloth.weights import loading, placed_weights, placement
 from tests.stores import WatchedStore
 from tests.workers.provoke import Provoke
 
@@ -119,8 +119,9 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
 
 
 def fetch_layers() -> None:
-    """Copy layers that are shared before they run, as on a GPU."""
+    """Copy layers that are shared before they run, as on a GPU, and let `sharded` be possible."""
     loading.computes_with_shared_copy = lambda device: False
+    loading.why_no_copies = placement._why_not_sharded = lambda *_: ""
 
 
 def count_saves() -> list[str]:

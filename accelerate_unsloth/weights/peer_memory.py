@@ -1,0 +1,187 @@
+"""
+Memory of a GPU that the other processes of a node copy from, by CUDA IPC and peer access.
+
+It is the driver's own memory, because PyTorch's allocator exports only what lies in its segments, and importing those opens a
+context on the other GPU. It stays until the process ends, since a peer may copy from it at any time.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..launch.channel import channel
+from ..launch.topology import topology
+
+_ALIGNMENT = 256  # of each tensor, in bytes, for kernels that load many values at a time
+_GRANULE = 2**21  # of a region: the driver takes smaller ones from blocks, which it exports as a whole
+_HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
+
+
+class DeviceMemory:
+    """
+    Memory of this process's GPU, one region for each call of [`put`].
+
+    Args:
+        device (`torch.device`): The GPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._regions: dict[int, torch.Tensor] = {}  # by the offset of their first byte
+        self._nbytes = 0
+
+    def put(self, tensors: list[torch.Tensor]) -> list[int]:
+        """
+        Write tensors of any type behind one another, and return their offsets in bytes.
+
+        Raises:
+            torch.OutOfMemoryError: if the GPU does not hold them.
+        """
+        sizes = [_rounded_up(tensor.numel() * tensor.element_size()) for tensor in tensors]
+        begins = [sum(sizes[:index]) for index in range(len(sizes))]
+        region = _allocated(_rounded_up(sum(sizes), _GRANULE), self._device)
+        for begin, tensor in zip(begins, tensors, strict=True):
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # floats might change NaN patterns
+            region[begin : begin + flat.numel()].copy_(flat)
+        base, self._nbytes = self._nbytes, self._nbytes + region.numel()
+        self._regions[base] = region
+        return [base + begin for begin in begins]
+
+    def address(self) -> list[list[Any]]:
+        """Return what another process of this node needs to copy from it, once all writes have ended."""
+        torch.cuda.synchronize(self._device)
+        return [[begin, region.numel(), _handle(region)] for begin, region in self._regions.items()]
+
+    def view(self, begin: int, end: int) -> torch.Tensor:
+        """Return bytes of one region, of shape `(end - begin,)`."""
+        base = max(offset for offset in self._regions if offset <= begin)
+        return self._regions[base][begin - base : end - base]
+
+
+class PeerMemory:
+    """
+    The memory of another process of this node.
+
+    Args:
+        address (`list`): [`DeviceMemory.address`] there.
+        device (`torch.device`): The GPU of this process.
+
+    Raises:
+        RuntimeError: if this process cannot open it.
+    """
+
+    def __init__(self, address: list[list[Any]], device: torch.device):
+        self._device = device
+        self._pointers = {begin: _opened(handle, device) for begin, _, handle in address}
+
+    def source(self, begin: int, end: int) -> "PeerSource":
+        """Return bytes of one region."""
+        base = max(offset for offset in self._pointers if offset <= begin)
+        return PeerSource(self._pointers[base] + begin - base, end - begin, self._device)
+
+
+@dataclass(frozen=True)
+class PeerSource:
+    """Bytes in the memory of another GPU, of which PyTorch must not know: it would use that GPU to copy them."""
+
+    pointer: int
+    nbytes: int
+    device: torch.device  # of this process
+
+    def copy_to(self, target: torch.Tensor) -> None:
+        runtime, stream = _runtime(), torch.cuda.current_stream(target.device).cuda_stream
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+        _checked(runtime.cudaMemcpyAsync(target.data_ptr(), self.pointer, self.nbytes, kind, stream))
+
+    def on_host(self) -> torch.Tensor:
+        target = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+        self.copy_to(target)
+        return target.cpu()
+
+
+def why_no_copies(device: torch.device) -> str:
+    """
+    Return why not all processes of this node can copy from one another's GPU, as a clause; empty if they can.
+
+    All of them call it together, because each copies a few bytes from each other one.
+    """
+    place, problem, address, size = topology(), "", [], _ALIGNMENT
+    try:
+        memory = DeviceMemory(device)
+        memory.put([torch.full((size,), place.local_rank, dtype=torch.uint8)])
+        address = memory.address()
+    except (ImportError, RuntimeError) as error:
+        problem = str(error)
+    addresses = channel().gather("peer memory made", address, place.node_ranks)
+    for rank, other in zip(place.node_ranks, addresses, strict=True):
+        if rank == place.rank or not other or problem:
+            continue
+        try:
+            found = PeerMemory(other, device).source(0, size).on_host()
+            if set(found.tolist()) != {place.node_ranks.index(rank)}:
+                problem = f"rank {place.rank} read other bytes than rank {rank} wrote"
+        except RuntimeError as error:
+            problem = f"rank {place.rank} cannot copy from the GPU of rank {rank}: {error}"
+    return next(filter(None, channel().gather("peer memory read", problem, place.node_ranks)), "")
+
+
+class _Region:
+    """Memory as `torch.as_tensor` takes it. https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html"""
+
+    def __init__(self, pointer: int, nbytes: int):
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def _allocated(nbytes: int, device: torch.device) -> torch.Tensor:
+    torch.cuda.empty_cache()  # what PyTorch keeps for later is free then
+    with torch.cuda.device(device):
+        error, pointer = _runtime().cudaMalloc(nbytes)
+        if int(error):
+            free, total = torch.cuda.mem_get_info(device)
+            raise torch.OutOfMemoryError(
+                f"{nbytes / 2**30:.2f} GiB of frozen weights do not fit {device}, of which {free / 2**30:.2f} of "
+                f"{total / 2**30:.1f} GiB are free. Use more GPUs, 4-bit weights, or ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=host."
+            )
+        return torch.as_tensor(_Region(int(pointer), nbytes), device=device)
+
+
+def _handle(region: torch.Tensor) -> str:
+    handle = _checked(_runtime().cudaIpcGetMemHandle(region.data_ptr()))
+    return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex()
+
+
+def _opened(handle: str, device: torch.device) -> int:
+    runtime = _runtime()
+    received = runtime.cudaIpcMemHandle_t()
+    # cuda-bindings 13.3 has the bytes as an attribute, 13.5 does not.
+    ctypes.memmove(received.getPtr(), bytes.fromhex(handle), _HANDLE_BYTES)
+    with torch.cuda.device(device):  # peer access is of the current GPU
+        return int(_checked(runtime.cudaIpcOpenMemHandle(received, runtime.cudaIpcMemLazyEnablePeerAccess)))
+
+
+def _runtime():
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:  # torch has it since 2.10
+        raise ImportError(f"the package cuda-bindings is missing ({error})") from error
+    return runtime
+
+
+def _checked(result: tuple) -> Any:
+    """Return the value of a call of CUDA's runtime, whose first result is its error."""
+    error, *values = result
+    if int(error):
+        raise RuntimeError(f"CUDA error {int(error)} ({error.name})")
+    return values[0] if values else None
+
+
+def _rounded_up(nbytes: int, multiple: int = _ALIGNMENT) -> int:
+    return -(-nbytes // multiple) * multiple
