@@ -50,14 +50,45 @@ def test_two_gpus_give_the_losses_gradients_and_weights_of_one(name, outcome, su
 def test_shared_weights_and_recomputation_change_nothing_but_the_memory(name, outcome, suite):
     plain, other = outcome("two", f"lora-{name.rpartition('-')[2]}"), outcome("two", name)
     assert_same_training(plain, other)
-    if name.startswith("host"):
-        assert (plain["frozen_weights"], other["frozen_weights"]) == ("replicated", "host")
+    where = name.partition("-")[0]
+    if where in ("host", "sharded"):
+        assert (plain["frozen_weights"], other["frozen_weights"]) == ("replicated", where)
+        assert other["processes_by_gpu"] == [1, 1]  # no rank has a context on another one's GPU
         suite.notes.append(
             f"{name}: weights and adapters {other['weights_mib']:.0f} MiB, replicated {plain['weights_mib']:.0f}"
         )
-        assert other["weights_mib"] < plain["weights_mib"]
+        if "16bit" in name:  # those in 4 bits are smaller than what PyTorch allocates at once
+            assert other["weights_mib"] < plain["weights_mib"]
     else:
         assert other["checkpointing"] == "10 of 30 layers"
+
+
+@pytest.mark.cases(two=["sharded-life", "life"])
+def test_a_sharded_model_evaluates_and_is_merged(outcome, suite):
+    from safetensors.torch import load_file
+
+    before, after = outcome("two", "sharded-life")["eval_losses"]
+    assert after < before
+    names = [
+        {*load_file(suite.folder / "two" / name / "merged" / "model.safetensors")} for name in ("life", "sharded-life")
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.cases(two=["moe", "sharded-moe"])
+def test_experts_on_other_gpus_train_alike(outcome):
+    plain, sharded = outcome("two", "moe"), outcome("two", "sharded-moe")
+    assert sharded["losses"][:5] == pytest.approx(plain["losses"][:5], rel=BF16_ROUNDING)
+
+
+@pytest.mark.cases(two="peers")
+def test_every_byte_of_another_gpu_arrives_and_no_context_is_opened_there(outcome):
+    for rank in (0, 1):
+        found = outcome("two", "peers", rank)
+        assert found["arrived"] == [True] * 4
+        assert found["own"] == [True] * 4
+        assert found["why"] == ""
+        assert found["processes_by_gpu"] == [1, 1]
 
 
 @pytest.mark.cases(two="lora-16bit")

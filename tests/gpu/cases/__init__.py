@@ -35,12 +35,19 @@ def _preferences(name: str, **args) -> tuple[str, dict]:
 PREFERENCES = ("dpo-16bit", "dpo-4bit", "kto-4bit", "orpo-16bit")
 
 # Trainings of the same samples with the same losses as lora-16bit or lora-4bit.
-_IN_4BIT, _FROM_HOST = {"load": {"load_in_4bit": True}}, {"frozen_weights": "host"}
+_IN_4BIT, _FROM_HOST, _SHARDED = (
+    {"load": {"load_in_4bit": True}},
+    {"frozen_weights": "host"},
+    {"frozen_weights": "sharded"},
+)
 _RECOMPUTES = {"plugin": {"gradient_checkpointing": "unsloth"}}
 VARIANTS = {
     "host-16bit": _FROM_HOST,
     "host-4bit": _FROM_HOST | _IN_4BIT,
     "host-recomputes-4bit": _FROM_HOST | _IN_4BIT | _RECOMPUTES,
+    "sharded-16bit": _SHARDED,
+    "sharded-4bit": _SHARDED | _IN_4BIT,
+    "sharded-recomputes-4bit": _SHARDED | _IN_4BIT | _RECOMPUTES,
     "partly-recomputes-16bit": {"recompute_first": 10},
 }
 
@@ -55,6 +62,9 @@ CASES: dict[str, dict[str, tuple[str, dict]]] = {
         "lora-4bit": ("training:fine_tune", _LORA | {"args": _LARGE_STEPS, "load": {"load_in_4bit": True}}),
         **{name: _preferences(name) for name in PREFERENCES},
         **{name: ("training:fine_tune", _LORA | {"args": _LARGE_STEPS} | how) for name, how in VARIANTS.items()},
+        "sharded-life": ("training:fine_tune", _SHARDED | {"evaluate": True, "save": True}),
+        "sharded-moe": ("training:fine_tune", _MOE | _SHARDED | {"args": _EXPERTS}),
+        "peers": ("peers:copy", {}),
         "modules_to_save": ("training:fine_tune", {"lora": {"modules_to_save": ["lm_head"]}, "evaluate": True}),
         "embedding-lora": ("training:fine_tune", {"lora": {"target_modules": _EMBEDDING}, "evaluate": True}),
         "frozen-16bit": ("training:change_a_frozen_weight", {}),

@@ -1,0 +1,141 @@
+"""
+The same LoRA fine-tune with its frozen weights in different places: seconds of a step, memory of each GPU, and losses.
+
+    accelerate launch --config_file unsloth_ddp.yaml --num_processes 2 benchmarks/placements.py MODEL DATA \
+        --cases replicated:4 sharded:4 host:4 --out placements.json
+
+A case is `PLACEMENT:BITS[:CHECKPOINTING[:GIB]]`: the value of `frozen_weights`, 4 or 16, that of `gradient_checkpointing`, and the
+memory that PyTorch may use of each GPU. All cases run in the same processes, one after the other, with the settings of
+Unsloth's notebooks: 2 samples x 4 accumulation steps on each process. MODEL and DATA are as `accelerate-unsloth bench` makes
+them.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
+
+# isort: split
+import datasets
+import torch
+from transformers import TrainerCallback
+
+from accelerate_unsloth.weights import placed_weights
+
+GIB = 2**30
+VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self):
+        self.step_s, self.begin_s = [], 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.cuda.synchronize()
+        self.begin_s = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.cuda.synchronize()
+        self.step_s.append(time.perf_counter() - self.begin_s)
+
+
+def used_gib() -> float:
+    """Memory of this GPU that all processes hold, by PyTorch or not."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GIB
+
+
+def measure(case: str, options, callbacks=()) -> dict:
+    placement, bits, checkpointing, gib = [*case.split(":"), "auto", "0"][:4]
+    if float(gib or 0):
+        torch.cuda.set_per_process_memory_fraction(float(gib) * GIB / torch.cuda.mem_get_info()[1])
+    os.environ[VARIABLE] = placement
+    before_gib, began_s = used_gib(), time.perf_counter()
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        options.model, max_seq_length=options.max_length, load_in_4bit=bits == "4"
+    )
+    load_s, weights_gib = time.perf_counter() - began_s, used_gib() - before_gib
+    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, random_state=0)
+    clock = Stopwatch()
+    arguments = SFTConfig(
+        str(Path(options.out).with_suffix("")),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=options.steps,
+        max_length=options.max_length,
+        learning_rate=1e-4,
+        optim="adamw_8bit",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=3,
+        dataset_num_proc=4,
+    )
+    trainer = SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_json(options.data),
+        processing_class=tokenizer,
+        plugin=UnslothPlugin(gradient_checkpointing=checkpointing or "auto"),
+        callbacks=[clock, *callbacks],
+    )
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    tokens = [after["num_tokens"] - before["num_tokens"] for before, after in pairwise(logs)]
+    steady = clock.step_s[len(clock.step_s) // 3 :]
+    return {
+        "case": case,
+        "placement": [placed_weights(model).choice.mode, placed_weights(model).choice.reason],
+        "load_s": load_s,
+        "weights_gib": weights_gib,
+        "step_s": statistics.median(steady),
+        "tokens_per_second": sum(tokens[-len(steady) :]) / sum(steady),
+        "peak_of_pytorch_gib": torch.cuda.max_memory_allocated() / GIB,
+        "checkpointing": trainer.plan.checkpointing.label,
+        "micro_batch": trainer.plan.micro_batch.reason,
+        "losses": [entry["loss"] for entry in logs],
+        "all_step_s": clock.step_s,
+    }
+
+
+def clean_up() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch._dynamo.reset()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--cases", nargs="+", default=["replicated:4", "sharded:4", "host:4"])
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--out", default="placements.json")
+    options = parser.parse_args()
+    rank, results = int(os.environ.get("RANK", 0)), []
+    for case in options.cases:
+        results.append(measure(case, options))
+        clean_up()
+        Path(options.out).with_suffix(f".rank{rank}.json").write_text(
+            json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}, indent=1)
+        )
+        if rank == 0:
+            shown = {name: value for name, value in results[-1].items() if not isinstance(value, list)}
+            print(json.dumps(shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()
