@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--cases", nargs="+", default=["replicated:4", "sharded:4", "host:4"])
-    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--out", default="placements.json")
     options = parser.parse_args()
