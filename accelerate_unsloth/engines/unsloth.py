@@ -1,11 +1,12 @@
 """Unsloth's loaders for several processes: each rank loads onto its own GPU, and only rank 0 prints and saves."""
 
 import functools
+from tempfile import TemporaryDirectory
 
 import torch
 
 from ..launch.topology import topology
-from ..patches import patch_log
+from ..patches import patch_log, patched
 from ..plugin import UnslothPlugin
 from ..reliability import rank0_writes
 from ..reporting.verbosity import muted_prints
@@ -51,6 +52,23 @@ def _keep_caches_on_own_gpu() -> None:
     for kind in (*vars(unsloth.models.llama).values(), *vars(unsloth.models.gemma).values()):
         if isinstance(kind, type) and name in vars(kind) and not patch_log.holds(kind, name):
             patch_log.patch(kind, name, only_on_own_gpu(vars(kind)[name], torch.cuda.current_device()))
+
+
+def to_own_file(offload):
+    """
+    Wrap `offload(W, model, name, ...)` so that the file that it writes and maps is of this process alone.
+
+    Unsloth offloads embeddings that are trained to a file by the name of the model, in the model's folder if it has one
+    (unsloth 2026.10.9, `models/_utils.py: offload_to_disk`). Ranks would write it while others read it. The mapped file is
+    deleted at once, so nothing stays behind. Delete this when each process writes to its own file.
+    """
+
+    @functools.wraps(offload)
+    def offloaded(W, model, name, *args, **kwargs):
+        with TemporaryDirectory(prefix="accelerate_unsloth-") as folder, patched(model.config, _name_or_path=folder):
+            return offload(W, model, name, *args, **kwargs)
+
+    return offloaded
 
 
 class _FetchingDecoder:
@@ -139,6 +157,8 @@ def _for_several_processes(base):
 
 if topology().world_size > 1:
     _keep_caches_on_own_gpu()
+    helpers = unsloth.models._utils
+    patch_log.patch(helpers, "offload_to_disk", to_own_file(helpers.offload_to_disk))
 # The package exports the first two; unmodified scripts may use any.
 _NAMES = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
 LOADERS = {name: _for_several_processes(getattr(unsloth, name)) for name in _NAMES if hasattr(unsloth, name)}

@@ -39,6 +39,7 @@ def test_the_loaders_keep_unsloths_calls_and_leave_other_gpus_alone(unsloth_once
     assert seen["same_signature"] == [True] * 4
     assert seen["inherited"]
     assert seen["built"] == ["cuda:1", "cpu"]
+    assert seen["offloaded"] == {"equal": True, "left": [], "name": True}
 
 
 def test_the_mixin_sits_on_unsloths_trainer_and_token_count(runs):

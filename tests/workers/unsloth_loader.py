@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 
@@ -26,6 +27,7 @@ def report() -> dict:
     )
     return {
         "built": built,
+        "offloaded": offloaded(engine),
         "same_signature": [
             inspect.signature(getattr(ours, name)) == inspect.signature(getattr(theirs, name))
             for ours, theirs in pairs
@@ -33,6 +35,20 @@ def report() -> dict:
         ],
         "inherited": engine.FastLanguageModel.for_inference is engine.unsloth.FastLanguageModel.for_inference,
     }
+
+
+def offloaded(engine) -> dict:
+    """Offload an embedding as two ranks do, with the wrapper: whether it stays readable, and what is in the model's folder."""
+    import torch
+
+    with TemporaryDirectory() as folder:
+        model, weight = SimpleNamespace(config=SimpleNamespace(_name_or_path=folder)), torch.arange(6.0).view(2, 3)
+        found = engine.to_own_file(engine.unsloth.models._utils.offload_to_disk)(weight, model, "input_embeddings")
+        return {
+            "equal": torch.equal(found, weight),
+            "left": os.listdir(folder),
+            "name": model.config._name_or_path == folder,
+        }
 
 
 def load_fetched(model_folder: str, out: Path) -> None:
