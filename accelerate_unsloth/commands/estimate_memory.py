@@ -2,11 +2,18 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Literal
+from enum import Enum
+from typing import Annotated
 
 import typer
 
 _CASES = [(bits, checkpointing) for bits in (4, 16) for checkpointing in (True, False)]
+
+
+class Placement(str, Enum):
+    REPLICATED = "replicated"
+    SHARDED = "sharded"
+    HOST = "host"
 
 
 def estimate_memory(
@@ -18,9 +25,9 @@ def estimate_memory(
     r: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     optim: Annotated[str, typer.Option(help="The Trainer's optimizer.")] = "adamw_8bit",
     frozen_weights: Annotated[
-        Literal["replicated", "sharded", "host"],
+        Placement,
         typer.Option(help="Where decoder layers are: on each GPU, a part on each, or in the machine's memory."),
-    ] = "replicated",
+    ] = Placement.REPLICATED,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the micro-batch whose peak is shown.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -28,12 +35,12 @@ def estimate_memory(
     from ..memory import model_sizes
     from ..memory.estimate import estimate
 
-    if frozen_weights == "sharded" and num_gpus == 1:
+    if frozen_weights is Placement.SHARDED and num_gpus == 1:
         raise typer.BadParameter("one GPU has no other one to share with", param_hint="--frozen-weights sharded")
     try:
         shape = model_sizes.resolve(model_name).shape
         estimates = {
-            case: estimate(shape, case[0] == 4, r, optim, case[1], num_gpus, frozen_weights) for case in _CASES
+            case: estimate(shape, case[0] == 4, r, optim, case[1], num_gpus, frozen_weights.value) for case in _CASES
         }
     except ValueError as error:
         typer.echo(str(error), err=True)

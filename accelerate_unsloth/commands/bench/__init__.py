@@ -79,7 +79,8 @@ def bench(
     quick: Annotated[bool, typer.Option(help="A tiny model on CPU processes: a look at the command.")] = False,
 ) -> None:
     """Measure tokens/s, start-up, memory and losses of the same fine-tune in separate launches."""
-    chosen = _chosen(context, preset)
+    given = {name: value for name, value in locals().items() if name != "context"}
+    chosen = _chosen(context, given, preset)
     chosen.out.mkdir(parents=True, exist_ok=True)
     counts = [1, 2] if quick else _counts(processes)
     if preset is Preset.NOTEBOOK and _is_open(context, "effective_batch"):
@@ -90,11 +91,11 @@ def bench(
     _measure_all(runs, works, asdict(work) | {"equal_share": chosen.equal_share}, chosen.out)
 
 
-def _chosen(context: typer.Context, preset: Preset | None) -> SimpleNamespace:
-    """Return all options: those of the preset where they were not given."""
+def _chosen(context: typer.Context, given: dict, preset: Preset | None) -> SimpleNamespace:
+    """Return all options: those of the preset where they were not given. Not from `context.params`, whose types Typer changed."""
     defaults = _EVERY_PRESET | _PRESETS[preset] if preset else {}
     of_preset = {name: value for name, value in defaults.items() if _is_open(context, name)}
-    chosen = SimpleNamespace(**context.params | of_preset)
+    chosen = SimpleNamespace(**given | of_preset)
     chosen.out = chosen.out.absolute()
     return chosen
 
