@@ -247,8 +247,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """
     Give every rank the tensors of rank 0, bit for bit, in chunks of at most 64 MiB of one dtype.
 
-    Args:
-        tensors (`Iterable[torch.Tensor]`): In the same order on every rank, on one device.
+    They are in the same order on every rank, and on one device.
     """
     tensors = [tensor.detach() for tensor in tensors]
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):

@@ -123,12 +123,7 @@ def _update(trainer, totals: StepTotals, samples: list) -> None:
 
 
 def loss_of_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """
-    Return the loss that a model computes.
-
-    Raises:
-        ValueError: if the batch is no dictionary, or the model returns no loss.
-    """
+    """Return the loss that a model computes; raise `ValueError` if it computes none, or the batch is no dictionary."""
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"A batch is a {type(batch).__name__}, and model(**batch) needs a dict. Pass loss_fn=, a function of model and batch."

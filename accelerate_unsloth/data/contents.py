@@ -27,14 +27,9 @@ _PLAIN_CONTAINERS = (list, tuple, range, torch.Tensor, np.ndarray)
 
 def digest_of_samples(rows, columns: Collection[str] | None = None) -> str | None:
     """
-    Return a digest of up to 64 samples, spread evenly.
+    Return a digest of up to 64 samples, spread evenly, or `None` for a dataset that only a user's code can read.
 
-    Args:
-        rows: A dataset with a length.
-        columns (`Collection[str]`, *optional*): Names of the columns to read, by default all.
-
-    Returns:
-        `str`: the digest, or `None` for a dataset that only a user's code can read.
+    Only `columns` are read, by default all.
 
     Example:
 

@@ -71,13 +71,7 @@ def _in_a_notebook(num_processes: int) -> str:
 
 def check_launch(num_gpus: int | None, world_size: int, launched: bool, visible_gpus: int) -> bool:
     """
-    Return whether this process can go on; if not, a launcher has to start the script.
-
-    Args:
-        num_gpus (`int`, *optional*): Processes asked for; `None` accepts any launch.
-        world_size (`int`): Processes of this launch.
-        launched (`bool`): Whether a launcher started this process.
-        visible_gpus (`int`): GPUs that this process sees.
+    Return whether this process can go on; if not, a launcher has to start the script. `num_gpus=None` accepts any launch.
 
     Raises:
         ValueError: for a launch of another size, or fewer visible GPUs than asked for.

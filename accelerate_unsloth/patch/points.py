@@ -27,16 +27,10 @@ _RENAMED = {"max_seq_length": "max_length"}
 
 def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch]) -> None:
     """
-    Replace everything that an unmodified script calls.
+    Replace everything that an unmodified script calls; raise `RuntimeError` if it already holds one of the originals.
 
-    Args:
-        options (`dict[str, Any]`): Checked options of `enable_multi_gpu`.
-        plugin ([`UnslothPlugin`]): For trainers that are not given one.
-        on_cpu (`bool`): Whether this launch uses the CPU.
-        patches (`list[Patch]`): Takes each patch as soon as it is made, so that a failure can be undone.
-
-    Raises:
-        RuntimeError: if the script already holds one of the originals.
+    `options` are those of `enable_multi_gpu`, and `plugin` is for trainers that are not given one. `patches` takes each patch
+    as soon as it is made, so that a failure can be undone.
     """
     _check_call_is_early()
 

@@ -29,13 +29,7 @@ class Pressure:
 
 def find(ranks: list[RankReading]) -> list[Pressure]:
     """
-    Return which memory is about to run out.
-
-    Args:
-        ranks (`list[RankReading]`): The readings of all ranks, in rank order.
-
-    Returns:
-        `list[Pressure]`: at most one of each kind, naming all its ranks.
+    Return which memory is about to run out, by the readings of all ranks in rank order: at most one of each kind.
 
     Example:
 

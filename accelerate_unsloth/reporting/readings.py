@@ -71,10 +71,7 @@ def totals(history: Sequence[Interval]) -> list[RankReading]:
 
 def summary(ranks: Sequence[RankReading]) -> dict[str, float | int]:
     """
-    Return the log entries of all ranks together.
-
-    Args:
-        ranks (`Sequence[RankReading]`): The readings of all ranks, in rank order.
+    Return the log entries of all ranks together, by their readings in rank order.
 
     Returns:
         `dict`: `tokens_per_second` of all ranks, `token_imbalance` (most tokens of a rank over the mean),

@@ -29,16 +29,7 @@ _WORDS = _SENTENCE.split()
 
 
 def make_model(size: str, folder: Path) -> Path:
-    """
-    Write a Llama with random weights and its tokenizer, once.
-
-    Args:
-        size (`str`): One of `DIMENSIONS`.
-        folder (`Path`): Where it goes.
-
-    Returns:
-        `Path`: the folder.
-    """
+    """Write a Llama of a size of `DIMENSIONS` with random weights, and its tokenizer, into a folder, once; return the folder."""
     from transformers import LlamaConfig
 
     if (folder / "complete").exists():
@@ -135,13 +126,9 @@ def make_texts(samples: int = CHECK_SAMPLES, seed: int = 0) -> list[str]:
 
 def make_data(file: Path, samples: int, mean_log: float = 6.9, spread_log: float = 1.0, seed: int = 0) -> Path:
     """
-    Write pieces of the standard library whose numbers of characters are lognormal: a mean of some 400 tokens, a long tail.
+    Write JSON Lines with a `text` column: pieces of the standard library, a mean of some 400 tokens and a long tail.
 
-    Args:
-        file (`Path`): A JSON Lines file with a `text` column.
-        samples (`int`): Number of rows.
-        mean_log (`float`), spread_log (`float`): Of the logarithm of the characters.
-        seed (`int`): Seed.
+    The numbers of characters are lognormal; `mean_log` and `spread_log` are those of their logarithm.
     """
     generator, source, rows = random.Random(seed), standard_library(8_000_000), []
     for _ in range(samples):
@@ -155,14 +142,10 @@ def make_answers(
     file: Path, samples: int, mean_log: float = 6.9, spread_log: float = 1.0, seed: int = 0, paired: bool = True
 ) -> Path:
     """
-    Write prompts with answers, pieces of the standard library: a third of the characters of [`make_data`] are the prompt's.
+    Write JSON Lines with the columns `prompt`, `chosen` and `rejected`, pieces of the standard library.
 
-    Args:
-        file (`Path`): A JSON Lines file with the columns `prompt`, `chosen` and `rejected`.
-        samples (`int`): Number of rows.
-        mean_log (`float`), spread_log (`float`): Of the logarithm of the characters of a prompt with an answer.
-        seed (`int`): Seed.
-        paired (`bool`): `False` writes `prompt`, `completion` and `label` instead, two of three with a good label.
+    A prompt with an answer has the characters of a row of [`make_data`], a third of them the prompt's. `paired=False` writes
+    `prompt`, `completion` and `label` instead, two of three with a good label.
     """
     generator, source, rows = random.Random(seed), standard_library(8_000_000), []
     longest_prompt = int(math.exp(mean_log))  # so that no prompt fills a row alone

@@ -60,11 +60,7 @@ def count_ratio(trainer, balance, inputs: dict[str, Any], items: int) -> float |
 
 class MetricBook:
     """
-    Means over the items of all ranks of what TRL's losses note for each micro-batch.
-
-    Args:
-        means (`tuple[str]`): Metrics that are means, the same on all ranks.
-        extremes (`dict[str, str]`, *optional*): Metrics of which the `"min"` or the `"max"` is kept.
+    Means over the items of all ranks of what TRL's losses note for each micro-batch; of `extremes` the `"min"` or `"max"`.
     """
 
     def __init__(self, means: tuple[str, ...], extremes: dict[str, str] | None = None):

@@ -47,12 +47,9 @@ def compare_versions(
     required: Iterable[str], installed: Callable[[str], str | None], engine: str | None
 ) -> Iterator[Finding]:
     """
-    Compare installed versions with requirements.
+    Compare the versions that `installed` returns with requirements such as `"torch<2.15,>=2.11"`, without those of extras.
 
-    Args:
-        required (`Iterable[str]`): Such as `"torch<2.15,>=2.11"`; those of extras are left out.
-        installed (`Callable`): Returns the version of a package, or `None`.
-        engine (`str`, *optional*): The engine that would be used; only `"unsloth"` needs Unsloth.
+    Only the engine `"unsloth"` needs Unsloth.
     """
     from packaging.requirements import Requirement
 

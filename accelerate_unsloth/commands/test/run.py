@@ -86,19 +86,8 @@ def reloads(outputs: Mapping[str, Sequence[float]], tolerance: float) -> Check:
 
 def run(num_processes: int | None = None, timeout_s: float = 300.0) -> Iterator[Check]:
     """
-    Train a tiny model on one process and on several, and compare. Yields each check when it is done.
-
-    Args:
-        num_processes (`int`, *optional*):
-            Processes of the second launch: by default as many as there are visible GPUs, or 2 on the CPU.
-        timeout_s (`float`, *optional*, defaults to `300.0`):
-            Longest time of each launch, in seconds.
-
-    Returns:
-        `Iterator[Check]`: it ends with the first launch that fails.
-
-    Raises:
-        ValueError: for more processes than GPUs, or fewer than 1.
+    Train a tiny model on one process and on several, and compare. Yields each check when it is done, up to the first launch
+    that fails; raises `ValueError` for more processes than GPUs, or fewer than 1. `timeout_s` is that of each launch.
 
     Example:
 
