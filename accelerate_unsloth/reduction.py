@@ -77,18 +77,6 @@ def make_reducer(parameters: Iterable[torch.nn.Parameter], world_size: int) -> R
 
     Raises:
         ValueError: if no parameter is trainable.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from accelerate_unsloth.reduction import make_reducer
-    >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> weight.grad = torch.ones(2)
-    >>> reducer = make_reducer([weight], world_size=1)
-    >>> float(reducer.reduce(torch.tensor(0.5), torch.tensor(8), torch.tensor(9)).loss)
-    0.5
-    ```
     """
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:

@@ -30,14 +30,6 @@ def digest_of_samples(rows, columns: Collection[str] | None = None) -> str | Non
     Return a digest of up to 64 samples, spread evenly, or `None` for a dataset that only a user's code can read.
 
     Only `columns` are read, by default all.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.data.contents import digest_of_samples
-    >>> digest_of_samples([{"text": "a"}]) == digest_of_samples([{"text": "b"}])
-    False
-    ```
     """
     last = len(rows) - 1
     indices = {number * last // (_SAMPLES_COMPARED - 1) for number in range(_SAMPLES_COMPARED)} if last >= 0 else ()

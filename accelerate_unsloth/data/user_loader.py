@@ -190,15 +190,6 @@ def order_of(loader: DataLoader) -> str:
 
     Raises:
         ValueError: if the loader holds one rank's part of the data, or its sampler has no length.
-
-    Example:
-
-    ```python
-    >>> from torch.utils.data import DataLoader
-    >>> from accelerate_unsloth.data.user_loader import order_of
-    >>> order_of(DataLoader([1, 2, 3], batch_size=2, shuffle=True))
-    'random'
-    ```
     """
     if not isinstance(loader, DataLoader):
         raise ValueError(f"A {type(loader).__name__} was given as a loader. Pass a torch.utils.data.DataLoader.")

@@ -37,16 +37,6 @@ class Channel:
 
     All ranks call [`Channel.gather`], [`Channel.gather_within`] and the `run` methods in the same order, so that the n-th
     call of one rank belongs to the n-th call of the others.
-
-    Example:
-
-    ```python
-    >>> from torch.distributed import HashStore
-    >>> from accelerate_unsloth.launch.channel import Channel
-    >>> from accelerate_unsloth.launch.topology import Topology
-    >>> Channel(Topology(), HashStore()).gather("seed", 42)
-    [42]
-    ```
     """
 
     def __init__(self, topology: Topology, store):

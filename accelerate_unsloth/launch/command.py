@@ -17,17 +17,7 @@ _NO_SCRIPT = ("-c", "", "-", *_KERNELS)
 
 
 def command(num_processes: int, config: str = "unsloth_ddp", of: Sequence[str] | None = None) -> str:
-    """
-    Return the `accelerate launch` command for a script and its arguments, by default the running ones.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.launch.command import command
-    >>> command(4).startswith("accelerate launch --num_processes 4 --config_file ")
-    True
-    ```
-    """
+    """Return the `accelerate launch` command for a script and its arguments, by default the running ones."""
     words = ["accelerate", "launch", "--num_processes", str(num_processes), "--config_file", str(configs.path(config))]
     return shlex.join([*words, *(script() if of is None else of)])
 

@@ -21,14 +21,6 @@ def path(name: str) -> Path:
 
     Raises:
         ValueError: if there is no such configuration.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.launch import configs
-    >>> configs.path("unsloth_ddp").name
-    'unsloth_ddp.yaml'
-    ```
     """
     file = folder() / f"{name.removesuffix('.yaml')}.yaml"
     if file.stem not in names():

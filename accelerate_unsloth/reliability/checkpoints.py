@@ -67,19 +67,6 @@ def publish(written: Path, place: Path, required: Collection[str] = ()) -> None:
 
     Raises:
         FileNotFoundError: if a required file is missing. Nothing is published then.
-
-    Example:
-
-    ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from accelerate_unsloth.reliability import checkpoints
-    >>> run = Path(tempfile.mkdtemp())
-    >>> (run / ".incomplete" / "checkpoint-1").mkdir(parents=True)
-    >>> checkpoints.publish(run / ".incomplete" / "checkpoint-1", run / "checkpoint-1")
-    >>> checkpoints.damage(run / "checkpoint-1") is None
-    True
-    ```
     """
     files = sorted(file for file in written.rglob("*") if file.is_file() and file.name != MANIFEST)
     manifest = {str(file.relative_to(written)): _describe(file) for file in files}

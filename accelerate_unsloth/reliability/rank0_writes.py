@@ -28,14 +28,6 @@ def write_once(name, write):
 
     Raises:
         PeerFailure: on the waiting ranks if `write` raised.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.reliability.rank0_writes import write_once
-    >>> write_once("notes", lambda: "written")
-    'written'
-    ```
     """
     global _writing
     if _writing or topology().world_size == 1:

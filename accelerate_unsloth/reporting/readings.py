@@ -77,14 +77,6 @@ def summary(ranks: Sequence[RankReading]) -> dict[str, float | int]:
         `dict`: `tokens_per_second` of all ranks, `token_imbalance` (most tokens of a rank over the mean),
         `slowest_rank` with `slowest_rank_step_s` and `fastest_rank_step_s` (own work per step), `peak_memory_gib` and
         `reserved_memory_gib` (of the rank with the most), and `host_memory_gib` of all ranks.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.reporting.readings import RankReading, summary
-    >>> summary([RankReading(300, 2.0, 1.8, 2), RankReading(100, 2.0, 0.6, 2)])["token_imbalance"]
-    1.5
-    ```
     """
     tokens, wall_s = sum(rank.tokens for rank in ranks), max(rank.wall_s for rank in ranks)
     step_s = [rank.step_s for rank in ranks]

@@ -54,16 +54,6 @@ def router_sums(gate_logits: Iterable[torch.Tensor], top_k: int, attention_mask:
 
     Returns:
         [`Sums`]
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from accelerate_unsloth.trainers.router_balance import router_sums
-    >>> sums = router_sums([torch.tensor([[0.0, 9.0], [9.0, 0.0]])], top_k=1, attention_mask=None)
-    >>> sums.assigned.tolist(), float(sums.rows)
-    ([1.0, 1.0], 2.0)
-    ```
     """
     total = None
     for logits in gate_logits:

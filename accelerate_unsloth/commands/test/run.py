@@ -88,14 +88,6 @@ def run(num_processes: int | None = None, timeout_s: float = 300.0) -> Iterator[
     """
     Train a tiny model on one process and on several, and compare. Yields each check when it is done, up to the first launch
     that fails; raises `ValueError` for more processes than GPUs, or fewer than 1. `timeout_s` is that of each launch.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.commands.test.run import passed, run
-    >>> passed(run())
-    True
-    ```
     """
     manager = DeviceManager()
     devices = manager.get_available_devices()

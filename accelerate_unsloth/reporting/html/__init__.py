@@ -110,18 +110,7 @@ def collect(trainer, engine, began: str, began_at_step: int, spent: PhaseSeconds
 
 
 def render(record: Record) -> str:
-    """
-    Return the page of a run.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.reporting import html
-    >>> record = html.Record("tiny", 1, 1, [{"step": 1, "loss": 2.0}], decisions=[("a", "b", "c")])
-    >>> "<h2>Decisions</h2>" in html.render(record)
-    True
-    ```
-    """
+    """Return the page of a run."""
     import jinja2
     from markupsafe import Markup
 
