@@ -73,8 +73,8 @@ class Record:
         return [(entry["step"], entry[key]) for entry in self.log_history if key in entry]
 
 
-def collect(trainer, engine, began: str, began_at_step: int, spent: PhaseSeconds, history, warnings) -> Record:
-    """Return the [`Record`] of a trainer that has just trained, on rank 0; `engine` built its model."""
+def collect(trainer, began: str, began_at_step: int, spent: PhaseSeconds, history, warnings) -> Record:
+    """Return the [`Record`] of a trainer that has just trained, on rank 0."""
     import torch
 
     state, args, data = trainer.state, trainer.args, trainer.train_dataset
