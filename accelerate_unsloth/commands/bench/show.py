@@ -40,9 +40,10 @@ def print_table(results: list[dict]) -> None:
 
     `x` compares a run with the best plain run of as many processes, scaling with its kind on the fewest.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ...reporting.startup_table import console
 
     table = Table(title="accelerate-unsloth bench", title_justify="left", pad_edge=False)
     for heading in _HEADINGS:
@@ -67,8 +68,7 @@ def print_table(results: list[dict]) -> None:
             result["attention"],
         )
     table.caption, table.caption_justify = Text("\n".join(failures(results))), "left"
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    console(width=140).print(table)
 
 
 def ratio_to_plain(result: dict, results: list[dict]) -> float | None:
