@@ -2,8 +2,9 @@
 
 import json
 import platform
-from importlib.metadata import distributions
 from pathlib import Path
+
+from ..env.checks import installed_version
 
 _PACKAGES = [
     "accelerate_unsloth",
@@ -27,10 +28,7 @@ def hardware() -> dict:
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    installed = {
-        distribution.metadata["Name"].replace("-", "_"): distribution.version for distribution in distributions()
-    }
-    versions = {name: installed.get(name, "not installed as a package") for name in _PACKAGES}
+    versions = {name: installed_version(name) or "not installed as a package" for name in _PACKAGES}
     return {"gpus": gpus, "processor": platform.processor() or platform.machine(), "versions": versions}
 
 
