@@ -63,8 +63,8 @@ class MetricBook:
     Means over the items of all ranks of what TRL's losses note for each micro-batch; of `extremes` the `"min"` or `"max"`.
     """
 
-    def __init__(self, means: tuple[str, ...], extremes: dict[str, str] | None = None):
-        self._names, self._extremes = means, extremes or {}
+    def __init__(self, means: tuple[str, ...], extremes: dict[str, str]):
+        self._names, self._extremes = means, extremes
         self._sums, self._items = dict.fromkeys(means, 0.0), dict.fromkeys(means, 0)
         self._largest = dict.fromkeys(self._extremes, float("-inf"))  # of a minimum its negative
 
