@@ -68,15 +68,9 @@ class Reducer(Protocol):
 
 def make_reducer(parameters: Iterable[torch.nn.Parameter], world_size: int) -> Reducer:
     """
-    Return the reducer for a number of processes.
+    Return the reducer for a number of processes; raise `ValueError` if no parameter is trainable.
 
-    Args:
-        parameters (`Iterable[torch.nn.Parameter]`):
-            Parameters, in the same order on every rank and all on one device; those that are not trainable are left out.
-        world_size (`int`): Number of processes.
-
-    Raises:
-        ValueError: if no parameter is trainable.
+    Parameters are in the same order on every rank and all on one device. Those that are not trainable are left out.
     """
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
@@ -122,11 +116,7 @@ class ChunkedReducer:
     The [`Reducer`] of several processes.
 
     A parameter without gradient on this rank counts as zero. One without gradient on every rank keeps none, so that an
-    optimizer's weight decay skips it as it would in one process.
-
-    Args:
-        parameters (`list[torch.nn.Parameter]`): The trainable parameters.
-        chunk_bytes (`int`, *optional*, defaults to 64 MiB): Largest message.
+    optimizer's weight decay skips it as it would in one process. The largest message has `chunk_bytes`.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], chunk_bytes: int = CHUNK_BYTES):

@@ -42,11 +42,7 @@ def run(trainer, batches: list[LocalBatch] | None) -> StepTotals | None:
     """
     Run one optimizer step of a [`MultiGPUTrainer`]; all ranks call it together.
 
-    Args:
-        batches (`list[LocalBatch]`, *optional*): Micro-batches of this rank; `None` if it has no data left.
-
-    Returns:
-        [`StepTotals`], or `None` if no rank has any data left.
+    `batches` are `None` if this rank has no data left. Return `None` if no rank has any.
     """
     zero = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
     step = Step(batches or [], [trainer.count_items(batch.inputs) for batch in batches or []], zero)

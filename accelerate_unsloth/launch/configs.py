@@ -16,12 +16,7 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """
-    Return the file of one configuration, named with or without `.yaml`.
-
-    Raises:
-        ValueError: if there is no such configuration.
-    """
+    """Return the file of one configuration, named with or without `.yaml`; raise `ValueError` if there is none."""
     file = folder() / f"{name.removesuffix('.yaml')}.yaml"
     if file.stem not in names():
         raise ValueError(f"There is no configuration {name!r}; choose one of {', '.join(names())}.")

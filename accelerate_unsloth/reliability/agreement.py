@@ -111,10 +111,7 @@ def _masked(value: Any) -> Any:
 
 def differences(descriptions: list[dict[str, Any]]) -> list[str]:
     """
-    Return a line for each entry that is not the same on all ranks, without what looks like a secret.
-
-    Args:
-        descriptions (`list[dict]`): What [`describe`] returned on each rank, in rank order.
+    Return a line for each entry of the ranks' descriptions that is not the same on all, without what looks like a secret.
 
     Example:
 

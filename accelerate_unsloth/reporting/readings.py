@@ -9,33 +9,19 @@ _PEAKS = ("peak_gib", "reserved_gib", "host_gib")
 
 @dataclass(slots=True)
 class RankReading:
-    """
-    What one rank did since the last logging step.
+    """What one rank did since the last logging step. GPU memory is as PyTorch counts it, and 0 without a GPU."""
 
-    Args:
-        tokens (`int`): Tokens of its micro-batches.
-        wall_s (`float`): Seconds of its steps, waiting for others included.
-        own_s (`float`): Seconds of its own forwards and backwards.
-        steps (`int`): Optimizer steps.
-        peak_gib (`float`), reserved_gib (`float`): GPU memory in use and reserved, as PyTorch counts; 0 without a GPU.
-        host_gib (`float`): Memory of its process.
-        device (`str`): Name of its GPU, or `"CPU"`.
-        alloc_retries (`int`): How often PyTorch found the GPU full, emptied its cache and tried again.
-        reachable_gib (`float`): GPU memory that PyTorch holds or that is free; 0 without a GPU.
-        host_available_gib (`float`), host_total_gib (`float`): Memory of its node.
-    """
-
-    tokens: int = 0
-    wall_s: float = 0.0
-    own_s: float = 0.0
-    steps: int = 0
-    peak_gib: float = 0.0
-    reserved_gib: float = 0.0
-    host_gib: float = 0.0
-    device: str = "CPU"
-    alloc_retries: int = 0
-    reachable_gib: float = 0.0
-    host_available_gib: float = 0.0
+    tokens: int = 0  # of its micro-batches
+    wall_s: float = 0.0  # of its steps, waiting for others included
+    own_s: float = 0.0  # of its own forwards and backwards
+    steps: int = 0  # of the optimizer
+    peak_gib: float = 0.0  # GPU memory in use, the most
+    reserved_gib: float = 0.0  # GPU memory reserved, the most
+    host_gib: float = 0.0  # memory of its process
+    device: str = "CPU"  # or the name of its GPU
+    alloc_retries: int = 0  # how often PyTorch found the GPU full, emptied its cache and tried again
+    reachable_gib: float = 0.0  # GPU memory that PyTorch holds or that is free
+    host_available_gib: float = 0.0  # memory of its node
     host_total_gib: float = 0.0
 
     @property

@@ -197,12 +197,7 @@ class LossAdapter:
 
 
 class SampleAdapter(LossAdapter):
-    """
-    Adapter of a trainer whose loss is a mean over samples, in rows that are padded.
-
-    Raises:
-        ValueError: for a mixture of experts that trains its balancing loss.
-    """
+    """Adapter of a trainer whose loss is a mean over samples, in rows that are padded."""
 
     padded = True
 

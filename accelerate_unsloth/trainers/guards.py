@@ -59,9 +59,7 @@ class Guards(TrainerCallback):
         """
         End the process after an agreed stop; all ranks come here together.
 
-        Raises:
-            SystemExit: with 128 + the signal's number, the same on all ranks, so that the launcher reports it whichever
-                rank ends first.
+        The status, 128 + the signal's number, is the same on all ranks: the launcher reports that of the rank that ends first.
         """
         if not self.was_stopped:
             return

@@ -51,9 +51,6 @@ def router_sums(gate_logits: Iterable[torch.Tensor], top_k: int, attention_mask:
         gate_logits (`Iterable[torch.Tensor]`): Of each layer, of shape `(rows * tokens, experts)`.
         top_k (`int`): Experts per token.
         attention_mask (`torch.Tensor` of shape `(rows, tokens)`, *optional*): Zero for padding, which does not count.
-
-    Returns:
-        [`Sums`]
     """
     total = None
     for logits in gate_logits:
@@ -99,9 +96,6 @@ class RouterBalance:
     Gives each micro-batch its share of the balancing loss of the whole step.
 
     While it is [`installed`] for a model, the balancing loss of that model goes through it.
-
-    Args:
-        config ([`~transformers.PretrainedConfig`]): Of the model.
 
     Attributes:
         values (`list[float]`): The loss of each step, before its coefficient; whoever logs them takes them away.

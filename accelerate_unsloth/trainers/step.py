@@ -27,20 +27,12 @@ def can_be_repeated(parameters: Iterable[torch.nn.Parameter]) -> bool:
 
 @dataclass
 class Step:
-    """
-    State of one optimizer step on this rank.
+    """State of one optimizer step on this rank."""
 
-    Args:
-        micro_batches (`list[MicroBatch]`): All of them.
-        items (`torch.Tensor`): Items that the rank's mean loss is over (tokens, rows, pairs), a float64 scalar.
-        tokens (`int`): Tokens of the micro-batches.
-        loss (`torch.Tensor`): Sum of the losses so far, each divided by `items`, a float64 scalar.
-    """
-
-    micro_batches: list[MicroBatch]
-    items: torch.Tensor
-    tokens: int
-    loss: torch.Tensor
+    micro_batches: list[MicroBatch]  # all of them
+    items: torch.Tensor  # that the rank's mean loss is over (tokens, rows, pairs), a float64 scalar
+    tokens: int  # of the micro-batches
+    loss: torch.Tensor  # sum of the losses so far, each divided by `items`, a float64 scalar
     number: int = 0  # from 1, for messages
     skipped_items: int = 0  # of samples that did not fit the memory
     failed_tokens: int = 0  # of the last micro-batch that did not fit

@@ -165,12 +165,7 @@ def make_data(file: Path, trainer: str, samples: int, *lengths: float) -> Path:
 
 
 def work_of(run, work, most_processes: int):
-    """
-    The workload of one run: its part of the effective batch of `most_processes`.
-
-    Raises:
-        BadParameter: if the effective batch cannot be cut so.
-    """
+    """Return the workload of one run, with its part of the effective batch of `most_processes`, which must be whole."""
     effective_batch, rest = divmod(work.effective_batch * run.processes, most_processes)
     if rest or effective_batch % (run.batch * run.processes):
         raise typer.BadParameter(
