@@ -27,6 +27,11 @@ _PRESETS = {
     Preset.SCALING: {"plain_batches": "", "equal_share": True},
     Preset.SMALL_GPU: {"plain_batches": "2,4", "batch": 4, "gpu_gib": "24,16"},
 }  # fmt: skip
+# A look at the command: in place of all options.
+_QUICK = {
+    "model": "tiny", "samples": 48, "steps": 3, "effective_batch": 8, "max_length": 128, "load_in_4bit": False,
+    "processes": "1,2", "plain_batches": "", "batch": 2, "with_trl": False, "ablation": False,
+}  # fmt: skip
 
 
 class Trainer(str, Enum):
@@ -81,7 +86,7 @@ def bench(
     """Measure tokens/s, start-up, memory and losses of the same fine-tune in separate launches."""
     chosen = _chosen(context, preset)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    counts = [1, 2] if quick else _counts(processes)
+    counts = _counts(chosen.processes)
     if preset is Preset.NOTEBOOK and _is_open(context, "effective_batch"):
         chosen.effective_batch = _NOTEBOOK_SAMPLES * max(counts)
     work, runs = _workload(chosen), _runs(chosen, counts)
@@ -91,10 +96,10 @@ def bench(
 
 
 def _chosen(context: typer.Context, preset: Preset | None) -> SimpleNamespace:
-    """Return all options: those of the preset where they were not given."""
+    """Return all options: those of the preset where they were not given, and those of the quick form."""
     defaults = _EVERY_PRESET | _PRESETS[preset] if preset else {}
     of_preset = {name: value for name, value in defaults.items() if _is_open(context, name)}
-    chosen = SimpleNamespace(**context.params | of_preset)
+    chosen = SimpleNamespace(**context.params | of_preset | (_QUICK if context.params["quick"] else {}))
     chosen.out = chosen.out.absolute()
     return chosen
 
@@ -108,28 +113,22 @@ def _workload(chosen):
     from ...testing import tiny_model
     from .runs import Workload
 
-    name = "tiny" if chosen.quick else chosen.model
+    name, data, trainer = chosen.model, chosen.data, chosen.trainer.value
     made = name in tiny_model.DIMENSIONS
     folder = tiny_model.make_model(name, chosen.out / name) if made else Path(name).absolute()
-    data, trainer = chosen.data, chosen.trainer.value
     if data is None:
         lengths = (4.0, 0.8) if chosen.quick else ()
-        data = make_data(chosen.out / "data.jsonl", trainer, 48 if chosen.quick else chosen.samples, *lengths)
-    if chosen.quick:
-        size = {"steps": 3, "effective_batch": 8, "max_length": 128, "load_in_4bit": False, "optim": "adamw_torch"}
-        return Workload(str(folder), str(data.absolute()), **size, cpu=True, trainer=trainer)
+        data = make_data(chosen.out / "data.jsonl", trainer, chosen.samples, *lengths)
     size = {name: getattr(chosen, name) for name in ("steps", "effective_batch", "max_length", "load_in_4bit")}
-    return Workload(str(folder), str(data.absolute()), **size, trainer=trainer)
+    on_cpu = {"optim": "adamw_torch", "cpu": True} if chosen.quick else {}
+    return Workload(str(folder), str(data.absolute()), **size, **on_cpu, trainer=trainer)
 
 
 def _runs(chosen, counts: list[int]) -> list:
     from .runs import limited, plan
 
-    if chosen.quick:
-        runs = plan(counts, [], batch=2, with_trl=False, ablation=False)
-    else:
-        sizes = [int(size) for size in chosen.plain_batches.split(",") if size]
-        runs = plan(counts, sizes, chosen.batch, chosen.with_trl, chosen.ablation)
+    sizes = [int(size) for size in chosen.plain_batches.split(",") if size]
+    runs = plan(counts, sizes, chosen.batch, chosen.with_trl, chosen.ablation)
     if limits := [float(gib) for gib in chosen.gpu_gib.split(",") if gib]:
         runs = [run for gpu_gib in limits for run in limited(runs, gpu_gib)]
     if not chosen.use_gradient_checkpointing:
