@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from ..plugin import is_count
 from . import configs
 from .topology import topology
 
@@ -89,7 +90,7 @@ def require(num_gpus: int | None, visible_gpus: int) -> None:
         ValueError: for a launch of another size, or fewer visible GPUs than asked for.
         SystemExit: with status 2 and the command to type, if no launcher started this process.
     """
-    if num_gpus is not None and (not isinstance(num_gpus, int) or isinstance(num_gpus, bool) or num_gpus < 1):
+    if num_gpus is not None and not is_count(num_gpus):
         raise ValueError(f"num_gpus={num_gpus!r} is not a whole number of at least 1. Give one, or leave it out.")
     launched = topology().world_size > 1 or "RANK" in os.environ
     if check_launch(num_gpus, topology().world_size, launched, visible_gpus):
