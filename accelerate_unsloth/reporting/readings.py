@@ -55,20 +55,25 @@ def totals(history: Sequence[Interval]) -> list[RankReading]:
     ]
 
 
+def imbalance(tokens: Sequence[int]) -> float:
+    """Return the most tokens of a rank over the mean of the ranks."""
+    return max(tokens) * len(tokens) / max(1, sum(tokens))
+
+
 def summary(ranks: Sequence[RankReading]) -> dict[str, float | int]:
     """
     Return the log entries of all ranks together, by their readings in rank order.
 
     Returns:
-        `dict`: `tokens_per_second` of all ranks, `token_imbalance` (most tokens of a rank over the mean),
-        `slowest_rank` with `slowest_rank_step_s` and `fastest_rank_step_s` (own work per step), `peak_memory_gib` and
-        `reserved_memory_gib` (of the rank with the most), and `host_memory_gib` of all ranks.
+        `dict`: `tokens_per_second` of all ranks, `token_imbalance` (see [`imbalance`]), `slowest_rank` with
+        `slowest_rank_step_s` and `fastest_rank_step_s` (own work per step), `peak_memory_gib` and `reserved_memory_gib` (of
+        the rank with the most), and `host_memory_gib` of all ranks.
     """
     tokens, wall_s = sum(rank.tokens for rank in ranks), max(rank.wall_s for rank in ranks)
     step_s = [rank.step_s for rank in ranks]
     logs = {
         "tokens_per_second": round(tokens / wall_s, 1) if wall_s else 0.0,
-        "token_imbalance": round(max(rank.tokens for rank in ranks) * len(ranks) / max(1, tokens), 4),
+        "token_imbalance": round(imbalance([rank.tokens for rank in ranks]), 4),
         "slowest_rank": step_s.index(max(step_s)),
         "slowest_rank_step_s": round(max(step_s), 4),
         "fastest_rank_step_s": round(min(step_s), 4),
