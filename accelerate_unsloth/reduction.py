@@ -95,7 +95,7 @@ class LocalReducer:
             tokens=num_tokens,
             stop_votes=int(wants_stop),
             ranks_out_of_memory=int(ran_out_of_memory),
-            nonfinite_ranks=[0] if num_items and not are_finite(loss, gradients) else [],
+            nonfinite_ranks=[0] if num_items and not _all_finite(loss, gradients) else [],
         )
 
     def broadcast_parameters(self) -> None:
@@ -248,13 +248,8 @@ def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
     return totals
 
 
-def are_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> bool:
-    """Return whether a loss and gradients, of which there may be none, are all finite."""
-    return bool(_all_finite(loss, gradients))
-
-
 def _all_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Return a boolean scalar on the device, from the largest value of each gradient."""
+    """Return on the device whether a loss and gradients, of which there may be none, are finite, by the largest of each."""
     finite = torch.isfinite(loss)
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if gradients:
