@@ -56,7 +56,7 @@ def same_losses(one: Sequence[float], several: Sequence[float], tolerance: float
     return Check(name, OK if close else FAILED, detail)
 
 
-def same_weights(checksums: Sequence[str]) -> Check:
+def same_weights(checksums: Sequence[dict[str, int]]) -> Check:
     """Check that all ranks end with the same weights, bit for bit."""
     others = [str(rank) for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
     detail = f"rank(s) {', '.join(others)} differ from rank 0" if others else f"{len(checksums)} rank(s), bit for bit"
