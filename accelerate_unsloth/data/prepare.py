@@ -28,8 +28,8 @@ def prepare_once(dataset, prepare: Callable, split: str):
     """
     Run `prepare(dataset)` on one process of each node, and return the result, mapped from the same files by all of a node.
 
-    `prepare` is the trainer's own preparation, which may also change the trainer. What is no [`~datasets.Dataset`] is prepared
-    on every rank. `split` is for messages.
+    `prepare` is the trainer's own preparation, which may also change the trainer. Other types than [`~datasets.Dataset`] are
+    prepared on every rank. `split` is for messages.
 
     Raises:
         PeerFailure: on the waiting ranks if the preparation fails on their node's first process.

@@ -142,7 +142,7 @@ def visible_gpus(
     gpus: Sequence[Gpu], visible_devices: str | None, device_order: str | None = None
 ) -> tuple[list[Gpu], list[str]]:
     """
-    Return those of all GPUs, given in the order of the PCI bus, that CUDA would show, in its order, and notes for the user.
+    Return the GPUs that CUDA would show, in its order, and notes for the user; `gpus` are all, in the order of the PCI bus.
 
     CUDA's rule for `CUDA_VISIBLE_DEVICES`: indices or beginnings of UUIDs, up to the first entry that names no GPU (CUDA C++
     Programming Guide, "CUDA Environment Variables"). Without `CUDA_DEVICE_ORDER` the fastest GPU is first. MIG slices are

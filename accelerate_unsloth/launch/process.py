@@ -58,7 +58,7 @@ def locate() -> None:
 
 
 def check_process_count(known: int) -> None:
-    """Raise `ValueError` if accelerate knows another number of processes, `known`, than the launch has."""
+    """Raise `ValueError` if `known`, the processes that accelerate knows, are not all of the launch."""
     launched = topology().world_size
     if launched != known:
         raise ValueError(

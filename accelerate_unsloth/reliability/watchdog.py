@@ -27,8 +27,8 @@ def resolve_timeout(requested_s: float | None, group_timeout_s: float, world_siz
     """
     Return the longest time without progress, in seconds; 0 for no watchdog.
 
-    Of the plugin's `watchdog_timeout_s` and the training arguments' `ddp_timeout`, after which the process group times out;
-    raise `ValueError` if that would be first.
+    `requested_s` is the plugin's `watchdog_timeout_s`, and `group_timeout_s` the training arguments' `ddp_timeout`. Raise
+    `ValueError` if the process group would time out first.
 
     Example:
 

@@ -12,9 +12,9 @@ class RankReading:
     """What one rank did since the last logging step. GPU memory is as PyTorch counts it, and 0 without a GPU."""
 
     tokens: int = 0  # of its micro-batches
-    wall_s: float = 0.0  # of its steps, waiting for others included
-    own_s: float = 0.0  # of its own forwards and backwards
-    steps: int = 0  # of the optimizer
+    wall_s: float = 0.0  # seconds of its steps, waiting for others included
+    own_s: float = 0.0  # seconds of its own forwards and backwards
+    steps: int = 0  # optimizer steps
     peak_gib: float = 0.0  # GPU memory in use, the most
     reserved_gib: float = 0.0  # GPU memory reserved, the most
     host_gib: float = 0.0  # memory of its process

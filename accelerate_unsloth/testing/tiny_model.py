@@ -142,8 +142,8 @@ def make_answers(
     """
     Write JSON Lines with the columns `prompt`, `chosen` and `rejected`, pieces of the standard library.
 
-    A prompt with an answer has the characters of a row of [`make_data`], a third of them the prompt's. `paired=False` writes
-    `prompt`, `completion` and `label` instead, two of three with a good label.
+    A prompt with an answer is as long as a row of [`make_data`]; a third is the prompt's. `paired=False` writes `prompt`,
+    `completion` and `label` instead, two of three with a good label.
     """
     generator, source, rows = random.Random(0), standard_library(8_000_000), []
     longest_prompt = int(math.exp(mean_log))  # so that no prompt fills a row alone

@@ -20,7 +20,7 @@ _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType
 
 
 def check_launch(trainer) -> None:
-    """Raise `ValueError` unless the launch is data parallel, accelerate knows of all processes, and weights lie as asked for."""
+    """Raise `ValueError` if the launch is not data parallel, accelerate misses processes, or `frozen_weights` came too late."""
     check_process_count(trainer.accelerator.num_processes)
     asked_for, placed = trainer.plugin.frozen_weights, placed_weights(trainer.model)
     if placed is not None and asked_for not in ("auto", placed.choice.mode):

@@ -60,7 +60,9 @@ def count_ratio(trainer, balance, inputs: dict[str, Any], items: int) -> float |
 
 class MetricBook:
     """
-    Means over the items of all ranks of what TRL's losses note for each micro-batch; of `extremes` the `"min"` or `"max"`.
+    Collects what TRL's losses note for each micro-batch, over the items of all ranks.
+
+    Of `means` it keeps the mean, of `extremes` the `"min"` or the `"max"`.
     """
 
     def __init__(self, means: tuple[str, ...], extremes: dict[str, str]):

@@ -133,8 +133,8 @@ class RouterBalance:
         """
         Run a step's micro-batches without gradients, and add up the assignments of all ranks; all come here together.
 
-        Each of `forwards` runs the model on one micro-batch of this rank, which has `items` loss items in the step. Raise
-        `ValueError` if the model computed no balancing loss on any rank.
+        Each of `forwards` runs the model on one micro-batch of this rank. `items` are the loss items of this rank in the step.
+        Raise `ValueError` if the model computed no balancing loss on any rank.
         """
         totals = torch.zeros(2 * self._experts + 2, device=items.device, dtype=torch.float64)
         totals[-1] = items

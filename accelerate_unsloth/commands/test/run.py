@@ -86,8 +86,10 @@ def reloads(outputs: Mapping[str, Sequence[float]], tolerance: float) -> Check:
 
 def run(num_processes: int | None = None, timeout_s: float = 300.0) -> Iterator[Check]:
     """
-    Train a tiny model on one process and on several, and compare. Yields each check when it is done, up to the first launch
-    that fails; raises `ValueError` for more processes than GPUs, or fewer than 1. `timeout_s` is that of each launch.
+    Train a tiny model on one process and on several, and compare; yield each check when it is done.
+
+    The first launch that fails, or takes longer than `timeout_s`, is the last. Raise `ValueError` for more processes than
+    GPUs, or fewer than 1.
     """
     manager = DeviceManager()
     devices = manager.get_available_devices()

@@ -135,7 +135,7 @@ def tokens_per_second(record) -> float | None:
 
 
 def imbalance(record) -> float | None:
-    """Return the mean imbalance of the intervals."""
+    """Return the mean over the intervals of their imbalance."""
     tokens = [[rank.tokens for rank in interval.ranks] for interval in record.history]
     found = [readings.imbalance(of_ranks) for of_ranks in tokens if any(of_ranks)]
     return sum(found) / len(found) if found else None
