@@ -225,6 +225,11 @@ def enabled_by_environment() -> bool:
     return _parse(ENABLE, os.environ.get(ENABLE, "1"), bool, 0)
 
 
+def is_count(value: Any) -> bool:
+    """Return whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _parse(source: str, value: Any, hint: Any, minimum: int) -> Any:
     """Check `value` of the option or variable `source` against its type, reading it from text if it is text."""
     if get_origin(hint) is Literal:

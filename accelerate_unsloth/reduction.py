@@ -68,27 +68,9 @@ class Reducer(Protocol):
 
 def make_reducer(parameters: Iterable[torch.nn.Parameter], world_size: int) -> Reducer:
     """
-    Return the reducer for a number of processes.
+    Return the reducer for a number of processes; raise `ValueError` if no parameter is trainable.
 
-    Args:
-        parameters (`Iterable[torch.nn.Parameter]`):
-            Parameters, in the same order on every rank and all on one device; those that are not trainable are left out.
-        world_size (`int`): Number of processes.
-
-    Raises:
-        ValueError: if no parameter is trainable.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from accelerate_unsloth.reduction import make_reducer
-    >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> weight.grad = torch.ones(2)
-    >>> reducer = make_reducer([weight], world_size=1)
-    >>> float(reducer.reduce(torch.tensor(0.5), torch.tensor(8), torch.tensor(9)).loss)
-    0.5
-    ```
+    Parameters are in the same order on every rank and all on one device. Those that are not trainable are left out.
     """
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
@@ -113,7 +95,7 @@ class LocalReducer:
             tokens=num_tokens,
             stop_votes=int(wants_stop),
             ranks_out_of_memory=int(ran_out_of_memory),
-            nonfinite_ranks=[0] if num_items and not are_finite(loss, gradients) else [],
+            nonfinite_ranks=[0] if num_items and not _all_finite(loss, gradients) else [],
         )
 
     def broadcast_parameters(self) -> None:
@@ -134,11 +116,7 @@ class ChunkedReducer:
     The [`Reducer`] of several processes.
 
     A parameter without gradient on this rank counts as zero. One without gradient on every rank keeps none, so that an
-    optimizer's weight decay skips it as it would in one process.
-
-    Args:
-        parameters (`list[torch.nn.Parameter]`): The trainable parameters.
-        chunk_bytes (`int`, *optional*, defaults to 64 MiB): Largest message.
+    optimizer's weight decay skips it as it would in one process. The largest message has `chunk_bytes`.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], chunk_bytes: int = CHUNK_BYTES):
@@ -247,8 +225,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """
     Give every rank the tensors of rank 0, bit for bit, in chunks of at most 64 MiB of one dtype.
 
-    Args:
-        tensors (`Iterable[torch.Tensor]`): In the same order on every rank, on one device.
+    They are in the same order on every rank, and on one device.
     """
     tensors = [tensor.detach() for tensor in tensors]
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
@@ -271,13 +248,8 @@ def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
     return totals
 
 
-def are_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> bool:
-    """Return whether a loss and gradients, of which there may be none, are all finite."""
-    return bool(_all_finite(loss, gradients))
-
-
 def _all_finite(loss: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Return a boolean scalar on the device, from the largest value of each gradient."""
+    """Return on the device whether a loss and gradients, of which there may be none, are finite, by the largest of each."""
     finite = torch.isfinite(loss)
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if gradients:

@@ -64,10 +64,10 @@ def _row(case, found, gpu_gib: float, tokens: int) -> dict:
 
 
 def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..memory.estimate import EXPERTS_NOTE, ITEMS
+    from ..reporting.startup_table import console
 
     table = Table(title=f"{model_name}, LoRA with Unsloth, GiB per GPU", title_justify="left", pad_edge=False)
     if any(found.shape.has_experts for found in estimates.values()):
@@ -84,5 +84,4 @@ def _print_table(model_name: str, estimates, gpu_gib: float, tokens: int) -> Non
         table.add_row("host memory, once", *(f"{found.host_gib:.2f}" for found in estimates.values()))
     largest = (found.largest_micro_batch(gpu_gib) for found in estimates.values())
     table.add_row(f"most tokens in 0.9 of {gpu_gib:g} GiB", *(f"{most:,}" if most else "none" for most in largest))
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    console().print(table)

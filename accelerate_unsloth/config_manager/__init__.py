@@ -17,7 +17,7 @@ from ..launch.topology import Topology
 from ..memory import model_sizes
 from ..memory.budget import GIB
 from ..patch import enable_multi_gpu, find_problems
-from ..plugin import UnslothPlugin
+from ..plugin import UnslothPlugin, is_count
 from .workload import Workload
 
 _BYTES = {"GB": 10**9, "GIB": GIB, "MB": 10**6, "MIB": 2**20}
@@ -121,7 +121,7 @@ class ConfigManager:
         """
         for name, value in {"num_gpus": num_gpus, "max_seq_length": max_seq_length, "r": r}.items():
             is_open = value is None and name == "num_gpus"
-            if not is_open and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if not is_open and not is_count(value):
                 raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Give one.")
         script = {"max_seq_length": max_seq_length, "load_in_4bit": load_in_4bit, "r": r, "optim": optim}
         return self._compute(UnslothPlugin(), model_size, available_memory, num_gpus, **script)

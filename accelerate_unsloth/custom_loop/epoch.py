@@ -12,6 +12,7 @@ from ..data.contents import digest_of_samples
 from ..launch.channel import channel
 from ..launch.topology import topology
 from ..reliability import agreement
+from ..reporting.readings import imbalance
 from .checkpoint import changed
 
 
@@ -60,8 +61,7 @@ class EpochStats:
     @property
     def token_imbalance(self) -> float:
         """Tokens of the rank with the most, divided by the mean of all ranks."""
-        most = max(rank.num_tokens for rank in self.ranks)
-        return most * len(self.ranks) / max(1, self.num_tokens)
+        return imbalance([rank.num_tokens for rank in self.ranks])
 
 
 def begin(trainer, loader: DataLoader, lengths: Sequence[int] | None) -> user_loader.Epochs:

@@ -42,11 +42,7 @@ def run(trainer, batches: list[LocalBatch] | None) -> StepTotals | None:
     """
     Run one optimizer step of a [`MultiGPUTrainer`]; all ranks call it together.
 
-    Args:
-        batches (`list[LocalBatch]`, *optional*): Micro-batches of this rank; `None` if it has no data left.
-
-    Returns:
-        [`StepTotals`], or `None` if no rank has any data left.
+    `batches` are `None` if this rank has no data left. Return `None` if no rank has any.
     """
     zero = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
     step = Step(batches or [], [trainer.count_items(batch.inputs) for batch in batches or []], zero)
@@ -123,12 +119,7 @@ def _update(trainer, totals: StepTotals, samples: list) -> None:
 
 
 def loss_of_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """
-    Return the loss that a model computes.
-
-    Raises:
-        ValueError: if the batch is no dictionary, or the model returns no loss.
-    """
+    """Return the loss that a model computes; raise `ValueError` if it computes none, or the batch is no dictionary."""
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"A batch is a {type(batch).__name__}, and model(**batch) needs a dict. Pass loss_fn=, a function of model and batch."

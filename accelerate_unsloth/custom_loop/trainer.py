@@ -22,7 +22,7 @@ from ..data import user_loader
 from ..launch import command, process
 from ..launch.channel import channel
 from ..launch.topology import topology, uses_cpu
-from ..plugin import UnslothPlugin
+from ..plugin import UnslothPlugin, is_count
 from ..policies import aggregation
 from ..policies.aggregation import AggregationMethod
 from ..reduction import broadcast, make_reducer
@@ -100,7 +100,7 @@ class MultiGPUTrainer:
         plugin: UnslothPlugin | None = None,
     ):
         command.require(num_gpus, 0 if uses_cpu() else torch.cuda.device_count())
-        if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
+        if not is_count(gradient_accumulation_steps):
             raise ValueError(
                 f"gradient_accumulation_steps={gradient_accumulation_steps!r} is not a whole number of at least 1."
             )

@@ -27,22 +27,9 @@ _PLAIN_CONTAINERS = (list, tuple, range, torch.Tensor, np.ndarray)
 
 def digest_of_samples(rows, columns: Collection[str] | None = None) -> str | None:
     """
-    Return a digest of up to 64 samples, spread evenly.
+    Return a digest of up to 64 samples, spread evenly, or `None` for a dataset that only a user's code can read.
 
-    Args:
-        rows: A dataset with a length.
-        columns (`Collection[str]`, *optional*): Names of the columns to read, by default all.
-
-    Returns:
-        `str`: the digest, or `None` for a dataset that only a user's code can read.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.data.contents import digest_of_samples
-    >>> digest_of_samples([{"text": "a"}]) == digest_of_samples([{"text": "b"}])
-    False
-    ```
+    Only `columns` are read, by default all.
     """
     last = len(rows) - 1
     indices = {number * last // (_SAMPLES_COMPARED - 1) for number in range(_SAMPLES_COMPARED)} if last >= 0 else ()

@@ -49,25 +49,20 @@ class _Rows(Dataset):
         return [self.rows[index] for index in indices]
 
 
-class _Collator:
-    """The trainer's collator, applied to each micro-batch."""
-
-    def __init__(self, collator: Callable[[list], dict]):
-        self.collator = collator
-
-    def __call__(self, rows: list) -> dict[str, Any] | MicroStep:
-        if not isinstance(rows, MicroStep):
-            return self.collator(rows)
-        micro_step = MicroStep(self.collator(batch) for batch in rows)
-        micro_step.samples = rows.samples
-        return micro_step
+def _collate(collator: Callable[[list], dict], rows: list) -> dict[str, Any] | MicroStep:
+    """Apply the trainer's collator to each micro-batch."""
+    if not isinstance(rows, MicroStep):
+        return collator(rows)
+    micro_step = MicroStep(collator(batch) for batch in rows)
+    micro_step.samples = rows.samples
+    return micro_step
 
 
 class PlannedDataLoader(DataLoader):
     """A DataLoader whose `set_epoch`, which the Trainer calls, sets the epoch of its batch sampler."""
 
     def __init__(self, rows, batch_sampler: Sampler, collator: Callable[[list], dict], **options: Any):
-        super().__init__(_Rows(rows), batch_sampler=batch_sampler, collate_fn=_Collator(collator), **options)
+        super().__init__(_Rows(rows), batch_sampler=batch_sampler, collate_fn=partial(_collate, collator), **options)
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

@@ -26,15 +26,10 @@ _PROBE_ROWS = 8
 
 def prepare_once(dataset, prepare: Callable, split: str):
     """
-    Run `prepare(dataset)` on one process of each node.
+    Run `prepare(dataset)` on one process of each node, and return the result, mapped from the same files by all of a node.
 
-    Args:
-        dataset ([`~datasets.Dataset`]): The dataset to prepare; other types are prepared on every rank.
-        prepare (`Callable`): The trainer's own preparation, which may also change the trainer.
-        split (`str`): Name of the split, for messages.
-
-    Returns:
-        The prepared dataset, mapped from the same files by all processes of a node.
+    `prepare` is the trainer's own preparation, which may also change the trainer. Other types than [`~datasets.Dataset`] are
+    prepared on every rank. `split` is for messages.
 
     Raises:
         PeerFailure: on the waiting ranks if the preparation fails on their node's first process.
@@ -89,19 +84,13 @@ def _without_ordering() -> AbstractContextManager:
 
 
 def check_not_empty(dataset, split: str) -> None:
-    """
-    Raises:
-        ValueError: if the dataset has no rows.
-    """
+    """Raise `ValueError` if the dataset has no rows."""
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"The {split} dataset is empty. Give at least one sample.")
 
 
 def check_has_labels(dataset, split: str) -> None:
-    """
-    Raises:
-        ValueError: if preparation dropped every sample, or every label is masked.
-    """
+    """Raise `ValueError` if preparation dropped every sample, or every label is masked."""
     if not isinstance(dataset, datasets.Dataset):
         return
     if len(dataset) and ("labels" not in dataset.column_names or _any_label(dataset)):

@@ -8,6 +8,7 @@ sample is repeated to fill it.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -83,25 +84,13 @@ def assign_by_number(
     return micro_steps
 
 
+@dataclass(eq=False, repr=False)
 class EffectiveBatchSampler(Sampler):
     """
     Yield what one rank does in each micro-step of the Trainer, `accumulation` of which make an optimizer step.
 
     A micro-step is a list of micro-batches: one as the user's arguments split it, none if the rank's share needs
     fewer, several if the `token_budget` requires more.
-
-    Args:
-        num_samples (`int`): Number of samples.
-        world_size (`int`): Number of processes.
-        rank (`int`): This process.
-        micro_batch (`int`): Samples of one micro-batch (`per_device_train_batch_size`).
-        accumulation (`int`): Micro-steps of an optimizer step (`gradient_accumulation_steps`).
-        seed (`int`): Seed of the run.
-        drop_last (`bool`, *optional*, defaults to `False`): Drop an incomplete last effective batch.
-        strategy (`str`, *optional*, defaults to `"random"`): See [`epoch_order`].
-        lengths (`Sequence[int]`, *optional*): Tokens of each sample, if they are known.
-        balance (`bool`, *optional*, defaults to `False`): Assign by cost instead of by number; needs `lengths`.
-        cost ([`RowCost`], *optional*): Cost of a row.
 
     Attributes:
         token_budget (`int` or `None`): Most tokens of a micro-batch; may be set until the first iteration.
@@ -117,35 +106,25 @@ class EffectiveBatchSampler(Sampler):
     ```
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        world_size: int,
-        rank: int,
-        micro_batch: int,
-        accumulation: int,
-        seed: int,
-        drop_last: bool = False,
-        strategy: str = "random",
-        lengths: Sequence[int] | None = None,
-        balance: bool = False,
-        cost: RowCost | None = None,
-    ):
-        self.num_samples = num_samples
-        self.world_size = world_size
-        self.rank = rank
-        self.micro_batch = micro_batch
-        self.accumulation = accumulation
-        self.seed = seed
-        self.strategy = strategy
-        self.lengths = lengths if lengths is None else np.asarray(lengths)
-        self.balance = balance
-        self.cost = cost or RowCost()
+    num_samples: int
+    world_size: int
+    rank: int
+    micro_batch: int  # samples of one micro-batch (`per_device_train_batch_size`)
+    accumulation: int  # micro-steps of an optimizer step (`gradient_accumulation_steps`)
+    seed: int  # of the run
+    drop_last: bool = False  # drop an incomplete last effective batch
+    strategy: str = "random"  # see `epoch_order`
+    lengths: Sequence[int] | None = None  # tokens of each sample, if they are known
+    balance: bool = False  # assign by cost instead of by number; needs `lengths`
+    cost: RowCost = field(default_factory=RowCost)
+
+    def __post_init__(self):
+        self.lengths = None if self.lengths is None else np.asarray(self.lengths)
         self.token_budget: int | None = None
         self.first_step = 0
-        self.effective_batch = world_size * accumulation * micro_batch
-        whole, rest = divmod(num_samples, self.effective_batch)
-        self.num_steps = whole if drop_last else whole + (rest > 0)
+        self.effective_batch = self.world_size * self.accumulation * self.micro_batch
+        whole, rest = divmod(self.num_samples, self.effective_batch)
+        self.num_steps = whole if self.drop_last else whole + (rest > 0)
         self.epoch = 0
         self._epoch_of_order, self._order_of_epoch = None, []
 

@@ -27,12 +27,7 @@ _DERIVED = "replace_schema_metadata"
 
 
 def share(dataset: datasets.Dataset) -> dict[str, Any]:
-    """
-    Describe in which files the rows of a dataset are, and write rows that are in memory.
-
-    Returns:
-        `dict`: JSON-serialisable, for [`open_shared`].
-    """
+    """Write rows that are in memory, and return in which files all rows are: JSON-serialisable, for [`open_shared`]."""
     mapped = _is_mapped(dataset.data) and (dataset._indices is None or _is_mapped(dataset._indices))
     stored = dataset if mapped else _written(dataset)
     return {
@@ -45,11 +40,9 @@ def share(dataset: datasets.Dataset) -> dict[str, Any]:
 
 def open_shared(shared: dict[str, Any], like: datasets.Dataset) -> datasets.Dataset:
     """
-    Map the files of a dataset that another process of this node has shared.
+    Map the files of a dataset that another process of this node has shared, by what [`share`] returned there.
 
-    Args:
-        shared (`dict`): What [`share`] returned there.
-        like ([`~datasets.Dataset`]): A dataset of the same format, with any rows.
+    `like` is a dataset of the same format, with any rows.
     """
     info = like.info.copy()
     info.features = datasets.Features.from_dict(shared["features"])

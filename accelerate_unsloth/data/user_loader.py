@@ -118,15 +118,10 @@ def for_training(
     lengths: Sequence[int] | None = None,
 ) -> Epochs:
     """
-    Return the epochs of a loader, as this rank takes part in them.
+    Return the epochs of a loader of the whole dataset, the same on every rank, as this rank takes part in them.
 
-    Args:
-        loader ([`~torch.utils.data.DataLoader`]): The loader of the whole dataset, the same on every rank.
-        topology ([`Topology`]): Rank and number of processes.
-        accumulation (`int`): Micro-batches of an optimizer step on each rank.
-        seed (`int`): Seed of the order, if the loader shuffles.
-        balance (`bool`, *optional*, defaults to `True`): Assign by tokens where lengths are known.
-        lengths (`Sequence[int]`, *optional*): Tokens of each sample; by default those of a column `input_ids`.
+    A step has `accumulation` micro-batches on each rank. `seed` is for a loader that shuffles. With `balance` samples are
+    assigned by `lengths`, the tokens of each; by default those of a column `input_ids`.
 
     Raises:
         ValueError: for a loader that cannot be split (see [`order_of`]), or lengths that do not fit it.
@@ -168,11 +163,8 @@ def for_evaluation(
     """
     Yield this rank's batches of a loader: each sample once and on one rank, those that `drop_last` would leave out too.
 
-    Args:
-        loader ([`~torch.utils.data.DataLoader`]): The loader of the whole dataset, the same on every rank.
-        topology ([`Topology`]): Rank and number of processes.
-        balance (`bool`, *optional*, defaults to `True`): Put similar lengths into one batch where they are known.
-        share (`Callable`, *optional*): `share(draw)` returns on every rank what `draw()` returned on rank 0.
+    With `balance`, similar lengths are in one batch where they are known. `share(draw)` returns on every rank what `draw()`
+    returned on rank 0.
     """
     order, rank = order_of(loader), topology.rank
     if order == "stream":
@@ -190,10 +182,7 @@ def for_evaluation(
 
 def order_of(loader: DataLoader) -> str:
     """
-    Return who decides the order of a loader's samples.
-
-    Args:
-        loader ([`~torch.utils.data.DataLoader`]): The loader of the whole dataset.
+    Return who decides the order of the samples of a loader of the whole dataset.
 
     Returns:
         `str`: `"sequential"` or `"random"` where PyTorch forms the batches, so that a seed can form them again; `"sampler"`
@@ -201,15 +190,6 @@ def order_of(loader: DataLoader) -> str:
 
     Raises:
         ValueError: if the loader holds one rank's part of the data, or its sampler has no length.
-
-    Example:
-
-    ```python
-    >>> from torch.utils.data import DataLoader
-    >>> from accelerate_unsloth.data.user_loader import order_of
-    >>> order_of(DataLoader([1, 2, 3], batch_size=2, shuffle=True))
-    'random'
-    ```
     """
     if not isinstance(loader, DataLoader):
         raise ValueError(f"A {type(loader).__name__} was given as a loader. Pass a torch.utils.data.DataLoader.")

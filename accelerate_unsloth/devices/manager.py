@@ -142,15 +142,11 @@ def visible_gpus(
     gpus: Sequence[Gpu], visible_devices: str | None, device_order: str | None = None
 ) -> tuple[list[Gpu], list[str]]:
     """
-    Return the GPUs that CUDA would show, in its order, and notes for the user.
+    Return the GPUs that CUDA would show, in its order, and notes for the user; `gpus` are all, in the order of the PCI bus.
 
-    CUDA's rule: indices or beginnings of UUIDs, up to the first entry that names no GPU (CUDA C++ Programming Guide, "CUDA
-    Environment Variables"). MIG slices are left out.
-
-    Args:
-        gpus (`Sequence[Gpu]`): All GPUs, in the order of the PCI bus.
-        visible_devices (`str`, *optional*): The value of `CUDA_VISIBLE_DEVICES`; `None` if it is not set.
-        device_order (`str`, *optional*): The value of `CUDA_DEVICE_ORDER`. By default CUDA puts the fastest GPU first.
+    CUDA's rule for `CUDA_VISIBLE_DEVICES`: indices or beginnings of UUIDs, up to the first entry that names no GPU (CUDA C++
+    Programming Guide, "CUDA Environment Variables"). Without `CUDA_DEVICE_ORDER` the fastest GPU is first. MIG slices are
+    left out.
     """
     if not gpus:
         return [], []

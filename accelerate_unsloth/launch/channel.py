@@ -33,24 +33,10 @@ class PeerFailure(RuntimeError):
 
 class Channel:
     """
-    Small JSON messages between the ranks of one launch.
+    Small JSON messages between the ranks of one launch, through a `torch.distributed.Store` that all of them can reach.
 
     All ranks call [`Channel.gather`], [`Channel.gather_within`] and the `run` methods in the same order, so that the n-th
     call of one rank belongs to the n-th call of the others.
-
-    Args:
-        topology ([`Topology`]): Rank and node of this process.
-        store (`torch.distributed.Store`): A store that all ranks can reach.
-
-    Example:
-
-    ```python
-    >>> from torch.distributed import HashStore
-    >>> from accelerate_unsloth.launch.channel import Channel
-    >>> from accelerate_unsloth.launch.topology import Topology
-    >>> Channel(Topology(), HashStore()).gather("seed", 42)
-    [42]
-    ```
     """
 
     def __init__(self, topology: Topology, store):
@@ -127,10 +113,7 @@ class Channel:
         """
         Collect one JSON-serialisable value from every rank, in rank order, on every rank.
 
-        Args:
-            name (`str`): Name of the call, the same on all ranks.
-            value (`Any`): This rank's.
-            ranks (`Iterable[int]`, *optional*): Those that take part, this one among them; by default all.
+        `name` is the same on all ranks. `ranks` are those that take part, this one among them; by default all.
 
         Raises:
             PeerFailure: if a rank fails before it has sent its value.
@@ -150,12 +133,7 @@ class Channel:
         return values
 
     def gather_within(self, name: str, value: Any, timeout_s: float) -> dict[int, Any]:
-        """
-        Return what the ranks send within `timeout_s` seconds, for reports of errors.
-
-        Returns:
-            `dict[int, Any]`: the value of each rank, or `None` for one that did not send it in time.
-        """
+        """Return what each rank sends within `timeout_s` seconds, or `None` if it does not: for reports of errors."""
         call = self._next_key(name)
         keys = {rank: f"{call}/{rank}" for rank in range(self.topology.world_size)}
         self._post(keys[self.topology.rank], value)
@@ -213,15 +191,7 @@ class Channel:
         return outcome["result"]
 
     def fail(self, report: str) -> tuple[int, str]:
-        """
-        Report to all ranks that this one ends with an error.
-
-        Args:
-            report (`str`): Text of the error.
-
-        Returns:
-            `tuple[int, str]`: the rank that failed first, and its report.
-        """
+        """Report to all ranks that this one ends with an error; return the rank that failed first, and its report."""
         rank = self.topology.rank
         self._post(f"failed/{rank}", report)
         first = int(self._store.compare_set("failed", "", str(rank)))

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from ..plugin import is_count
 from . import configs
 from .topology import topology
 
@@ -17,17 +18,7 @@ _NO_SCRIPT = ("-c", "", "-", *_KERNELS)
 
 
 def command(num_processes: int, config: str = "unsloth_ddp", of: Sequence[str] | None = None) -> str:
-    """
-    Return the `accelerate launch` command for a script and its arguments, by default the running ones.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.launch.command import command
-    >>> command(4).startswith("accelerate launch --num_processes 4 --config_file ")
-    True
-    ```
-    """
+    """Return the `accelerate launch` command for a script and its arguments, by default the running ones."""
     words = ["accelerate", "launch", "--num_processes", str(num_processes), "--config_file", str(configs.path(config))]
     return shlex.join([*words, *(script() if of is None else of)])
 
@@ -71,13 +62,7 @@ def _in_a_notebook(num_processes: int) -> str:
 
 def check_launch(num_gpus: int | None, world_size: int, launched: bool, visible_gpus: int) -> bool:
     """
-    Return whether this process can go on; if not, a launcher has to start the script.
-
-    Args:
-        num_gpus (`int`, *optional*): Processes asked for; `None` accepts any launch.
-        world_size (`int`): Processes of this launch.
-        launched (`bool`): Whether a launcher started this process.
-        visible_gpus (`int`): GPUs that this process sees.
+    Return whether this process can go on; if not, a launcher has to start the script. `num_gpus=None` accepts any launch.
 
     Raises:
         ValueError: for a launch of another size, or fewer visible GPUs than asked for.
@@ -105,7 +90,7 @@ def require(num_gpus: int | None, visible_gpus: int) -> None:
         ValueError: for a launch of another size, or fewer visible GPUs than asked for.
         SystemExit: with status 2 and the command to type, if no launcher started this process.
     """
-    if num_gpus is not None and (not isinstance(num_gpus, int) or isinstance(num_gpus, bool) or num_gpus < 1):
+    if num_gpus is not None and not is_count(num_gpus):
         raise ValueError(f"num_gpus={num_gpus!r} is not a whole number of at least 1. Give one, or leave it out.")
     launched = topology().world_size > 1 or "RANK" in os.environ
     if check_launch(num_gpus, topology().world_size, launched, visible_gpus):

@@ -16,20 +16,7 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """
-    Return the file of one configuration, named with or without `.yaml`.
-
-    Raises:
-        ValueError: if there is no such configuration.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.launch import configs
-    >>> configs.path("unsloth_ddp").name
-    'unsloth_ddp.yaml'
-    ```
-    """
+    """Return the file of one configuration, named with or without `.yaml`; raise `ValueError` if there is none."""
     file = folder() / f"{name.removesuffix('.yaml')}.yaml"
     if file.stem not in names():
         raise ValueError(f"There is no configuration {name!r}; choose one of {', '.join(names())}.")

@@ -18,14 +18,10 @@ _FIX = (
 
 
 def check_fork(visible_gpus: int) -> None:
-    """
-    Raise `RuntimeError` if this process was forked from one that had started CUDA.
-
-    Args:
-        visible_gpus (`int`): GPUs that this process sees. PyTorch counts a look for GPUs as a start, also where there are none.
-    """
+    """Raise `RuntimeError` if this process was forked from one that had started CUDA."""
     import torch
 
+    # PyTorch counts a look for GPUs as a start, also where there are none.
     if visible_gpus and torch.cuda._is_in_bad_fork():
         raise RuntimeError(
             "A cell of this notebook started CUDA, for which torch.cuda.is_available() is enough, before notebook_launcher "
@@ -35,13 +31,10 @@ def check_fork(visible_gpus: int) -> None:
 
 def forbid_launch(engine: str) -> None:
     """
-    Let `accelerate.notebook_launcher` raise an error for several processes, if this is a notebook's kernel.
+    Let `accelerate.notebook_launcher` raise an error for several processes, if this is a notebook's kernel with an `engine`.
 
     Otherwise accelerate finds bitsandbytes only, and does not tell that the kernel has to be restarted (accelerate 1.15,
     `launchers.py`).
-
-    Args:
-        engine (`str`): Name of the engine that is loaded.
     """
     if topology().world_size > 1 or not is_kernel():
         return

@@ -58,15 +58,7 @@ def locate() -> None:
 
 
 def check_process_count(known: int) -> None:
-    """
-    Make sure that accelerate knows all processes of the launch.
-
-    Args:
-        known (`int`): The accelerator's `num_processes`.
-
-    Raises:
-        ValueError: if it knows another number.
-    """
+    """Raise `ValueError` if `known`, the processes that accelerate knows, are not all of the launch."""
     launched = topology().world_size
     if launched != known:
         raise ValueError(

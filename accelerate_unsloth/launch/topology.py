@@ -10,26 +10,15 @@ _LOCAL_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 @dataclass(frozen=True)
 class Topology:
-    """
-    Rank and node of one process in the launch.
+    """Rank and node of one process in the launch."""
 
-    Args:
-        rank (`int`): Index of this process among all processes.
-        world_size (`int`): Number of processes on all nodes.
-        local_rank (`int`): Index of this process on its node.
-        local_world_size (`int`): Number of processes on this node.
-        node (`int`): Index of this node.
-        local_main (`int`): Rank of the first process on this node.
-        neighbours (`tuple[int, ...]`): Ranks of this node, where they may not be consecutive.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    node: int = 0
-    local_main: int = 0
-    neighbours: tuple[int, ...] = field(default=(), compare=False)
+    rank: int = 0  # index of this process among all processes
+    world_size: int = 1  # number of processes on all nodes
+    local_rank: int = 0  # index of this process on its node
+    local_world_size: int = 1  # number of processes on this node
+    node: int = 0  # index of this node
+    local_main: int = 0  # rank of the first process on this node
+    neighbours: tuple[int, ...] = field(default=(), compare=False)  # of this node, where they may not be consecutive
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Topology":
@@ -53,12 +42,9 @@ class Topology:
     @classmethod
     def from_hosts(cls, hosts: list[str], rank: int, environment: Mapping[str, str] | None = None) -> "Topology":
         """
-        Find out from the host names which ranks share a node.
+        Find out from the host names of all ranks, in rank order, which of them share a node.
 
-        Args:
-            hosts (`list[str]`): Host name of each rank, in rank order.
-            rank (`int`): Index of this process among all processes.
-            environment (`Mapping[str, str]`, *optional*): `LOCAL_RANK`, where it is set, decides the local rank.
+        `LOCAL_RANK`, where `environment` has it, decides the local rank.
         """
         environment = os.environ if environment is None else environment
         neighbours = [other for other, host in enumerate(hosts) if host == hosts[rank]]

@@ -20,7 +20,7 @@ from typing import Any
 from ..launch import command
 from ..launch.topology import topology, uses_cpu
 from ..patches import Patch, patch_log
-from ..plugin import PREFIX, UnslothPlugin
+from ..plugin import PREFIX, UnslothPlugin, is_count
 from ..reliability import failures
 
 # Accepted so that existing calls keep working, with their defaults. Gradients are not reduced by
@@ -198,7 +198,7 @@ def find_problems(options: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in ("num_gpus", "batch_size_per_gpu"):
         value = options.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and not is_count(value):
             problems.append(f"{name}={value!r} is not a whole number of at least 1. Give one, or leave it out.")
     checkpointing, plugin = options.get("enable_gradient_checkpointing"), options.get("plugin")
     if checkpointing is not None and not isinstance(checkpointing, bool):

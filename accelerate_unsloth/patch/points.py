@@ -27,16 +27,10 @@ _RENAMED = {"max_seq_length": "max_length"}
 
 def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch]) -> None:
     """
-    Replace everything that an unmodified script calls.
+    Replace everything that an unmodified script calls; raise `RuntimeError` if it already holds one of the originals.
 
-    Args:
-        options (`dict[str, Any]`): Checked options of `enable_multi_gpu`.
-        plugin ([`UnslothPlugin`]): For trainers that are not given one.
-        on_cpu (`bool`): Whether this launch uses the CPU.
-        patches (`list[Patch]`): Takes each patch as soon as it is made, so that a failure can be undone.
-
-    Raises:
-        RuntimeError: if the script already holds one of the originals.
+    `options` are those of `enable_multi_gpu`, and `plugin` is for trainers that are not given one. `patches` takes each patch
+    as soon as it is made, so that a failure can be undone.
     """
     _check_call_is_early()
 
@@ -55,8 +49,8 @@ def install(options: dict[str, Any], plugin, on_cpu: bool, patches: list[Patch])
     for trainer in _TRAINERS:
         for home in _homes(trainer.__name__):
             patch(home, trainer.__name__, trainer)
-        wrap = _sft_init if trainer is SFTTrainer else _init_with_plugin
-        patch(trainer, "__init__", wrap(trainer.__init__, plugin))
+        init = _init_with_old_keywords(trainer.__init__) if trainer is SFTTrainer else trainer.__init__
+        patch(trainer, "__init__", _init_with_plugin(init, plugin))
     if not issubclass(UnslothTrainer, SFTTrainer):  # Unsloth's own
         patch(UnslothTrainer, "__init__", _init_with_plugin(UnslothTrainer.__init__, plugin))
     patch(TrainingArguments, "__post_init__", _arguments_post_init(options, on_cpu))
@@ -101,13 +95,11 @@ def _init_with_plugin(init, plugin):
     return patched_init
 
 
-def _sft_init(init, plugin):
-    """Return `SFTTrainer.__init__` with a default `plugin` and support for old keywords."""
+def _init_with_old_keywords(init):
+    """Return `SFTTrainer.__init__` with support for keywords that it once took."""
 
     @functools.wraps(init, assigned=("__doc__",))
     def patched_init(self, model=None, args=None, *rest, **keywords):
-        if keywords.get("plugin") is None:
-            keywords["plugin"] = plugin
         if choice.name == "reference" or (args is not None and not isinstance(args, SFTConfig)):
             args, keywords = to_installed_trl(args, keywords)
         # Unsloth reads old keywords only beside a keyword `args`, which the trainer's own __init__ takes care of.

@@ -111,10 +111,7 @@ def _masked(value: Any) -> Any:
 
 def differences(descriptions: list[dict[str, Any]]) -> list[str]:
     """
-    Return a line for each entry that is not the same on all ranks, without what looks like a secret.
-
-    Args:
-        descriptions (`list[dict]`): What [`describe`] returned on each rank, in rank order.
+    Return a line for each entry of the ranks' descriptions that is not the same on all, without what looks like a secret.
 
     Example:
 
@@ -136,12 +133,7 @@ def differences(descriptions: list[dict[str, Any]]) -> list[str]:
 
 
 def check(trainer) -> None:
-    """
-    Compare the trainers of all ranks, which call it together.
-
-    Raises:
-        ValueError: with each entry that differs, its ranks and values, on every rank.
-    """
+    """Compare the trainers of all ranks, which call it together, by [`compare`] and [`check_frozen`]."""
     if topology().world_size > 1:
         compare(describe(trainer))
         check_frozen(trainer.model)
@@ -182,10 +174,7 @@ def check_frozen(model) -> None:
 
 def compare(description: dict[str, Any]) -> None:
     """
-    Compare the descriptions of all ranks, which call it together.
-
-    Args:
-        description (`dict`): JSON-serialisable values by name.
+    Compare the descriptions of all ranks, JSON-serialisable values by name; all ranks call it together.
 
     Raises:
         ValueError: with each entry that differs, its ranks and values, on every rank.

@@ -67,19 +67,6 @@ def publish(written: Path, place: Path, required: Collection[str] = ()) -> None:
 
     Raises:
         FileNotFoundError: if a required file is missing. Nothing is published then.
-
-    Example:
-
-    ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from accelerate_unsloth.reliability import checkpoints
-    >>> run = Path(tempfile.mkdtemp())
-    >>> (run / ".incomplete" / "checkpoint-1").mkdir(parents=True)
-    >>> checkpoints.publish(run / ".incomplete" / "checkpoint-1", run / "checkpoint-1")
-    >>> checkpoints.damage(run / "checkpoint-1") is None
-    True
-    ```
     """
     files = sorted(file for file in written.rglob("*") if file.is_file() and file.name != MANIFEST)
     manifest = {str(file.relative_to(written)): _describe(file) for file in files}
@@ -164,10 +151,8 @@ def damage(checkpoint: Path) -> str | None:
 
 def newest_complete(run_folder: Path) -> tuple[Path | None, list[str]]:
     """
-    Find the newest complete checkpoint of an `output_dir`, whether this library or the stock Trainer wrote it.
-
-    Returns:
-        `tuple[Path | None, list[str]]`: the checkpoint, and a line for each newer one that was skipped.
+    Return the newest complete checkpoint of an `output_dir`, whether this library or the stock Trainer wrote it, and a line for
+    each newer one that was skipped.
     """
     skipped = []
     for checkpoint in sorted(_checkpoints(run_folder), key=_step, reverse=True):
@@ -181,13 +166,8 @@ def newest_complete(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 def rotate(run_folder: Path, limit: int | None, keep: set[Path], run: str) -> None:
     """
-    Delete the checkpoints of a run that were published first, beyond `limit`. Those of other runs do not count.
-
-    Args:
-        run_folder (`Path`): The trainer's `output_dir`.
-        limit (`int`, *optional*): The trainer's `save_total_limit`.
-        keep (`set[Path]`): Checkpoints that stay: the one just published and the best.
-        run (`str`): Id of the run, as in the facts of its checkpoints.
+    Delete the checkpoints of a run that were published first, beyond `limit` (the trainer's `save_total_limit`), but not those
+    in `keep`. Checkpoints of other runs, which have another id `run` in their facts, do not count.
     """
     for left in run_folder.glob(".deleted-checkpoint-*"):  # by a process that died while deleting
         _delete(left)

@@ -39,18 +39,7 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def kept_buffers(model) -> dict:
-    """
-    Return the buffers in a model's state dictionary, by name, without those that it computes when it is loaded.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from accelerate_unsloth.reliability.checksum import kept_buffers
-    >>> list(kept_buffers(torch.nn.BatchNorm1d(2)))
-    ['running_mean', 'running_var', 'num_batches_tracked']
-    ```
-    """
+    """Return the buffers in a model's state dictionary, by name, without those that it computes when it is loaded."""
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 

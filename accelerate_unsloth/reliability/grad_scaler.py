@@ -11,21 +11,7 @@ from ..patches import PatchLog
 
 
 def allow_steps_without_gradients(scaler: torch.amp.GradScaler) -> PatchLog:
-    """
-    Let the scaler of one optimizer skip steps in which no parameter has a gradient. Its scale stays, too.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from accelerate_unsloth.reliability.grad_scaler import allow_steps_without_gradients
-    >>> scaler = torch.amp.GradScaler("cpu")
-    >>> patches = allow_steps_without_gradients(scaler)
-    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
-    >>> scaler.step(optimizer)
-    >>> scaler.update()
-    ```
-    """
+    """Let the scaler of one optimizer skip steps in which no parameter has a gradient. Its scale stays, too."""
     unscale, step, update = scaler.unscale_, scaler.step, scaler.update
     stepped = True
 

@@ -24,20 +24,10 @@ def write_once(name, write):
     """
     Run `write` on rank 0 while the other ranks wait; return its result there and `None` elsewhere.
 
-    Args:
-        name (`str`): Name for messages, the same on all ranks.
-        write (`Callable[[], Any]`): Function that writes.
+    `name` is for messages, the same on all ranks.
 
     Raises:
         PeerFailure: on the waiting ranks if `write` raised.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.reliability.rank0_writes import write_once
-    >>> write_once("notes", lambda: "written")
-    'written'
-    ```
     """
     global _writing
     if _writing or topology().world_size == 1:

@@ -45,19 +45,7 @@ os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, aft
 
 
 class StopRequest:
-    """
-    Holds the signal by which this process was asked to stop, or `None`.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.reliability.stop_signals import StopRequest
-    >>> stop = StopRequest()
-    >>> with stop.listening():
-    ...     stop.signal is None
-    True
-    ```
-    """
+    """Holds the signal by which this process was asked to stop, or `None`."""
 
     listeners = 0
 

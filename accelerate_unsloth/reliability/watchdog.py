@@ -27,13 +27,8 @@ def resolve_timeout(requested_s: float | None, group_timeout_s: float, world_siz
     """
     Return the longest time without progress, in seconds; 0 for no watchdog.
 
-    Args:
-        requested_s (`float`, *optional*): The plugin's `watchdog_timeout_s`.
-        group_timeout_s (`float`): Timeout of the process group; the training arguments' `ddp_timeout`.
-        world_size (`int`): Number of processes.
-
-    Raises:
-        ValueError: if the process group would time out first.
+    `requested_s` is the plugin's `watchdog_timeout_s`, and `group_timeout_s` the training arguments' `ddp_timeout`. Raise
+    `ValueError` if the process group would time out first.
 
     Example:
 
@@ -59,9 +54,7 @@ class Watchdog:
     """
     Ends the process when `beat` has not been called for `timeout_s` seconds.
 
-    Args:
-        timeout_s (`float`): Longest time without progress.
-        folder (`Path`): Folder of the stacks, `stuck-rank<N>.txt`.
+    The stacks go into `stuck-rank<N>.txt` in `folder`.
     """
 
     def __init__(self, timeout_s: float, folder: Path):

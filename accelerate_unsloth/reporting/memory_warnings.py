@@ -28,24 +28,7 @@ class Pressure:
 
 
 def find(ranks: list[RankReading]) -> list[Pressure]:
-    """
-    Return which memory is about to run out.
-
-    Args:
-        ranks (`list[RankReading]`): The readings of all ranks, in rank order.
-
-    Returns:
-        `list[Pressure]`: at most one of each kind, naming all its ranks.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.reporting.memory_warnings import find
-    >>> from accelerate_unsloth.reporting.readings import RankReading
-    >>> [(found.kind, found.ranks) for found in find([RankReading(), RankReading(peak_gib=23, reachable_gib=24)])]
-    [('gpu full', (1,))]
-    ```
-    """
+    """Return which memory is about to run out, by the readings of all ranks in rank order: at most one of each kind."""
     retried = [rank for rank, reading in enumerate(ranks) if reading.alloc_retries > 0]
     full = [rank for rank, reading in enumerate(ranks) if _is_gpu_full(reading)]
     low = [rank for rank, reading in enumerate(ranks) if _is_host_low(reading)]

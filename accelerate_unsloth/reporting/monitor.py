@@ -23,10 +23,7 @@ _NUMBERS = {field.name: field.type for field in fields(RankReading) if field.nam
 
 class Monitor(TrainerCallback):
     """
-    Time this rank's steps. All ranks build one together.
-
-    Args:
-        device (`torch.device`): Where this rank computes.
+    Time this rank's steps on its `device`. All ranks build one together.
 
     `history` holds the readings of all ranks since training began, on rank 0 only.
     """
@@ -75,12 +72,7 @@ class Monitor(TrainerCallback):
         return self._since_log.wall_s
 
     def read(self, step: int) -> list[RankReading]:
-        """
-        Return what every rank did since the last call, in rank order. All ranks call this together.
-
-        Args:
-            step (`int`): Optimizer steps done.
-        """
+        """Return what every rank did since the last call, in rank order, up to a step. All ranks call this together."""
         reading, self._since_log = self._since_log, RankReading()
         self._add_memory(reading)
         ranks = self._exchange(reading)

@@ -9,33 +9,19 @@ _PEAKS = ("peak_gib", "reserved_gib", "host_gib")
 
 @dataclass(slots=True)
 class RankReading:
-    """
-    What one rank did since the last logging step.
+    """What one rank did since the last logging step. GPU memory is as PyTorch counts it, and 0 without a GPU."""
 
-    Args:
-        tokens (`int`): Tokens of its micro-batches.
-        wall_s (`float`): Seconds of its steps, waiting for others included.
-        own_s (`float`): Seconds of its own forwards and backwards.
-        steps (`int`): Optimizer steps.
-        peak_gib (`float`), reserved_gib (`float`): GPU memory in use and reserved, as PyTorch counts; 0 without a GPU.
-        host_gib (`float`): Memory of its process.
-        device (`str`): Name of its GPU, or `"CPU"`.
-        alloc_retries (`int`): How often PyTorch found the GPU full, emptied its cache and tried again.
-        reachable_gib (`float`): GPU memory that PyTorch holds or that is free; 0 without a GPU.
-        host_available_gib (`float`), host_total_gib (`float`): Memory of its node.
-    """
-
-    tokens: int = 0
-    wall_s: float = 0.0
-    own_s: float = 0.0
-    steps: int = 0
-    peak_gib: float = 0.0
-    reserved_gib: float = 0.0
-    host_gib: float = 0.0
-    device: str = "CPU"
-    alloc_retries: int = 0
-    reachable_gib: float = 0.0
-    host_available_gib: float = 0.0
+    tokens: int = 0  # of its micro-batches
+    wall_s: float = 0.0  # seconds of its steps, waiting for others included
+    own_s: float = 0.0  # seconds of its own forwards and backwards
+    steps: int = 0  # optimizer steps
+    peak_gib: float = 0.0  # GPU memory in use, the most
+    reserved_gib: float = 0.0  # GPU memory reserved, the most
+    host_gib: float = 0.0  # memory of its process
+    device: str = "CPU"  # or the name of its GPU
+    alloc_retries: int = 0  # how often PyTorch found the GPU full, emptied its cache and tried again
+    reachable_gib: float = 0.0  # GPU memory that PyTorch holds or that is free
+    host_available_gib: float = 0.0  # memory of its node
     host_total_gib: float = 0.0
 
     @property
@@ -69,31 +55,25 @@ def totals(history: Sequence[Interval]) -> list[RankReading]:
     ]
 
 
+def imbalance(tokens: Sequence[int]) -> float:
+    """Return the most tokens of a rank over the mean of the ranks."""
+    return max(tokens) * len(tokens) / max(1, sum(tokens))
+
+
 def summary(ranks: Sequence[RankReading]) -> dict[str, float | int]:
     """
-    Return the log entries of all ranks together.
-
-    Args:
-        ranks (`Sequence[RankReading]`): The readings of all ranks, in rank order.
+    Return the log entries of all ranks together, by their readings in rank order.
 
     Returns:
-        `dict`: `tokens_per_second` of all ranks, `token_imbalance` (most tokens of a rank over the mean),
-        `slowest_rank` with `slowest_rank_step_s` and `fastest_rank_step_s` (own work per step), `peak_memory_gib` and
-        `reserved_memory_gib` (of the rank with the most), and `host_memory_gib` of all ranks.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.reporting.readings import RankReading, summary
-    >>> summary([RankReading(300, 2.0, 1.8, 2), RankReading(100, 2.0, 0.6, 2)])["token_imbalance"]
-    1.5
-    ```
+        `dict`: `tokens_per_second` of all ranks, `token_imbalance` (see [`imbalance`]), `slowest_rank` with
+        `slowest_rank_step_s` and `fastest_rank_step_s` (own work per step), `peak_memory_gib` and `reserved_memory_gib` (of
+        the rank with the most), and `host_memory_gib` of all ranks.
     """
     tokens, wall_s = sum(rank.tokens for rank in ranks), max(rank.wall_s for rank in ranks)
     step_s = [rank.step_s for rank in ranks]
     logs = {
         "tokens_per_second": round(tokens / wall_s, 1) if wall_s else 0.0,
-        "token_imbalance": round(max(rank.tokens for rank in ranks) * len(ranks) / max(1, tokens), 4),
+        "token_imbalance": round(imbalance([rank.tokens for rank in ranks]), 4),
         "slowest_rank": step_s.index(max(step_s)),
         "slowest_rank_step_s": round(max(step_s), 4),
         "fastest_rank_step_s": round(min(step_s), 4),

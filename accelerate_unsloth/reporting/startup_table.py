@@ -16,11 +16,15 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _VERSIONS}
 
 
+def console(width: int = 120) -> Console:
+    """Return a console. Without a terminal rich uses 80 columns, which is too narrow for reasons."""
+    found = Console()
+    return found if found.is_terminal else Console(width=width)
+
+
 def show(rows: Iterable[Row]) -> None:
     """Print the table."""
     table = Table(title="accelerate_unsloth", title_justify="left", show_header=False, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    # Without a terminal rich uses 80 columns, which is too narrow for the reasons.
-    (console if console.is_terminal else Console(width=120)).print(table)
+    console().print(table)

@@ -4,6 +4,7 @@ Models with random weights, their tokenizers, and data of very uneven lengths, m
     python -m accelerate_unsloth.testing.tiny_model FOLDER       the model and the data of the installation check
 """
 
+import functools
 import json
 import math
 import random
@@ -29,16 +30,7 @@ _WORDS = _SENTENCE.split()
 
 
 def make_model(size: str, folder: Path) -> Path:
-    """
-    Write a Llama with random weights and its tokenizer, once.
-
-    Args:
-        size (`str`): One of `DIMENSIONS`.
-        folder (`Path`): Where it goes.
-
-    Returns:
-        `Path`: the folder.
-    """
+    """Write a Llama of a size of `DIMENSIONS` with random weights, and its tokenizer, into a folder, once; return the folder."""
     from transformers import LlamaConfig
 
     if (folder / "complete").exists():
@@ -100,25 +92,17 @@ def make_tokenizer(words: int = 320, text: str = _SENTENCE):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
 
 
-def make_prompts(file: Path, samples: int, seed: int = 0) -> Path:
+def make_prompts(file: Path, samples: int) -> Path:
     """Write prompts and completions of 1 to 60 words each, so that masked and counted tokens differ wildly."""
-    generator = random.Random(seed)
-
-    def text(lengths):
-        return " ".join(generator.choice(_WORDS) for _ in range(generator.choice(lengths)))
-
+    text = functools.partial(_random_words, random.Random(0))
     return _write_rows(
         file, [{"prompt": text([1, 5, 40]) + " ", "completion": text([1, 3, 60])} for _ in range(samples)]
     )
 
 
-def make_preferences(file: Path, samples: int, seed: int = 0) -> Path:
+def make_preferences(file: Path, samples: int) -> Path:
     """Write prompts with a chosen and a rejected answer, all of very uneven lengths."""
-    generator = random.Random(seed)
-
-    def text(lengths):
-        return " ".join(generator.choice(_WORDS) for _ in range(generator.choice(lengths)))
-
+    text = functools.partial(_random_words, random.Random(0))
     rows = [
         {"prompt": text([1, 5, 20]) + " ", "chosen": text([1, 3, 30]), "rejected": text([1, 3, 30]) + " none"}
         for _ in range(samples)
@@ -126,24 +110,25 @@ def make_preferences(file: Path, samples: int, seed: int = 0) -> Path:
     return _write_rows(file, rows)
 
 
-def make_texts(samples: int = CHECK_SAMPLES, seed: int = 0) -> list[str]:
+def _random_words(generator: random.Random, lengths: list[int]) -> str:
+    """Return random words, as many as one of `lengths`."""
+    return " ".join(generator.choice(_WORDS) for _ in range(generator.choice(lengths)))
+
+
+def make_texts(samples: int = CHECK_SAMPLES) -> list[str]:
     """Return texts of 2 to 48 words: the same sentence over and over from a random word on, which is soon learned."""
-    generator = random.Random(seed)
+    generator = random.Random(0)
     starts = [(generator.randrange(len(_WORDS)), generator.choice([2, 8, 48])) for _ in range(samples)]
     return [" ".join((_WORDS * 4)[start : start + words]) for start, words in starts]
 
 
-def make_data(file: Path, samples: int, mean_log: float = 6.9, spread_log: float = 1.0, seed: int = 0) -> Path:
+def make_data(file: Path, samples: int, mean_log: float = 6.9, spread_log: float = 1.0) -> Path:
     """
-    Write pieces of the standard library whose numbers of characters are lognormal: a mean of some 400 tokens, a long tail.
+    Write JSON Lines with a `text` column: pieces of the standard library, a mean of some 400 tokens and a long tail.
 
-    Args:
-        file (`Path`): A JSON Lines file with a `text` column.
-        samples (`int`): Number of rows.
-        mean_log (`float`), spread_log (`float`): Of the logarithm of the characters.
-        seed (`int`): Seed.
+    The numbers of characters are lognormal; `mean_log` and `spread_log` are those of their logarithm.
     """
-    generator, source, rows = random.Random(seed), standard_library(8_000_000), []
+    generator, source, rows = random.Random(0), standard_library(8_000_000), []
     for _ in range(samples):
         length = max(16, int(generator.lognormvariate(mean_log, spread_log)))
         start = generator.randrange(max(1, len(source) - length))
@@ -152,19 +137,15 @@ def make_data(file: Path, samples: int, mean_log: float = 6.9, spread_log: float
 
 
 def make_answers(
-    file: Path, samples: int, mean_log: float = 6.9, spread_log: float = 1.0, seed: int = 0, paired: bool = True
+    file: Path, samples: int, mean_log: float = 6.9, spread_log: float = 1.0, paired: bool = True
 ) -> Path:
     """
-    Write prompts with answers, pieces of the standard library: a third of the characters of [`make_data`] are the prompt's.
+    Write JSON Lines with the columns `prompt`, `chosen` and `rejected`, pieces of the standard library.
 
-    Args:
-        file (`Path`): A JSON Lines file with the columns `prompt`, `chosen` and `rejected`.
-        samples (`int`): Number of rows.
-        mean_log (`float`), spread_log (`float`): Of the logarithm of the characters of a prompt with an answer.
-        seed (`int`): Seed.
-        paired (`bool`): `False` writes `prompt`, `completion` and `label` instead, two of three with a good label.
+    A prompt with an answer is as long as a row of [`make_data`]; a third is the prompt's. `paired=False` writes `prompt`,
+    `completion` and `label` instead, two of three with a good label.
     """
-    generator, source, rows = random.Random(seed), standard_library(8_000_000), []
+    generator, source, rows = random.Random(0), standard_library(8_000_000), []
     longest_prompt = int(math.exp(mean_log))  # so that no prompt fills a row alone
 
     def piece(length: float) -> str:

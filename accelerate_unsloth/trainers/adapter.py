@@ -137,12 +137,12 @@ class LossAdapter:
 
     def begin_training(self, first_samples: list[int]) -> None:
         """Try a custom loss on this rank's first sample, if it has any, and forget what the probe noted."""
+        batches = []
         if self.choice is None and first_samples:
             with torch.random.fork_rng([]):  # a collator may draw
                 inputs = self.collate(first_samples[:1])
-            self.try_custom_loss([MicroBatch(inputs, self.items(inputs), [])])
-        elif self.choice is None:
-            self.try_custom_loss([])
+            batches = [MicroBatch(inputs, self.items(inputs), [])]
+        self.try_custom_loss(batches)
         for noted in getattr(self.trainer, "_metrics", {}).values():
             noted.clear()
         self.book = self.book.empty()
@@ -197,12 +197,7 @@ class LossAdapter:
 
 
 class SampleAdapter(LossAdapter):
-    """
-    Adapter of a trainer whose loss is a mean over samples, in rows that are padded.
-
-    Raises:
-        ValueError: for a mixture of experts that trains its balancing loss.
-    """
+    """Adapter of a trainer whose loss is a mean over samples, in rows that are padded."""
 
     padded = True
 

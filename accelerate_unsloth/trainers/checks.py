@@ -20,12 +20,7 @@ _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType
 
 
 def check_launch(trainer) -> None:
-    """
-    Make sure that the launch is data parallel, and that accelerate knows of all processes.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Raise `ValueError` if the launch is not data parallel, accelerate misses processes, or `frozen_weights` came too late."""
     check_process_count(trainer.accelerator.num_processes)
     asked_for, placed = trainer.plugin.frozen_weights, placed_weights(trainer.model)
     if placed is not None and asked_for not in ("auto", placed.choice.mode):
@@ -60,12 +55,7 @@ def check_metric(trainer) -> None:
 
 
 def check_columns(dataset, split: str, text: str, formatting_func) -> None:
-    """
-    Make sure that TRL can find the text.
-
-    Raises:
-        ValueError: if no column holds it, or there are no rows.
-    """
+    """Raise `ValueError` if no column holds the text, or there are no rows."""
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list):
         return
@@ -80,12 +70,7 @@ def check_columns(dataset, split: str, text: str, formatting_func) -> None:
 
 
 def check_pair_columns(given: tuple, keywords: dict) -> None:
-    """
-    Make sure that the training data, given by keyword or by place, has pairs.
-
-    Raises:
-        ValueError: if it has no rows, or no `chosen` and `rejected`.
-    """
+    """Raise `ValueError` if the training data, given by keyword or by place, has no rows, or no `chosen` and `rejected`."""
     dataset = keywords.get("train_dataset", given[1] if len(given) > 1 else None)
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list):
@@ -99,12 +84,7 @@ def check_pair_columns(given: tuple, keywords: dict) -> None:
 
 
 def check_answers_left(lacks_answer: np.ndarray, split: str, max_length: int | None) -> None:
-    """
-    Make sure that truncation leaves a token of each answer.
-
-    Raises:
-        ValueError: if not, with the number of such samples and the first of them.
-    """
+    """Raise `ValueError` if truncation leaves no token of some answers, with the number of such samples and the first."""
     if lacks_answer.any():
         raise ValueError(
             f"{lacks_answer.sum()} of {len(lacks_answer)} samples of the {split} dataset, the first at index "
@@ -114,12 +94,7 @@ def check_answers_left(lacks_answer: np.ndarray, split: str, max_length: int | N
 
 
 def check_left_out(given, prepared, split: str, max_length: int | None) -> None:
-    """
-    Say on rank 0 how many samples TRL's preparation has left out because they are too long.
-
-    Raises:
-        ValueError: if none is left.
-    """
+    """Say on rank 0 how many samples TRL's preparation has left out as too long; raise `ValueError` if none is left."""
     if not (isinstance(given, datasets.Dataset) and isinstance(prepared, datasets.Dataset)):
         return
     unpaired = {"chosen", "rejected"} <= {*given.column_names} and "label" in prepared.column_names  # by KTO

@@ -20,10 +20,7 @@ class Guards(TrainerCallback):
     """
     Stops a training in order; as a callback it feeds the watchdog and turns an agreed stop into the Trainer's controls.
 
-    Args:
-        output_dir (`str`): Where stacks are written.
-        watchdog_timeout_s (`float`, *optional*): The plugin's option.
-        group_timeout_s (`float`): The training arguments' `ddp_timeout`.
+    Stacks are written into `output_dir`. The timeouts are those of [`resolve_timeout`].
 
     Attributes:
         was_stopped (`bool`): Whether a signal ended the training, on any rank.
@@ -62,9 +59,7 @@ class Guards(TrainerCallback):
         """
         End the process after an agreed stop; all ranks come here together.
 
-        Raises:
-            SystemExit: with 128 + the signal's number, the same on all ranks, so that the launcher reports it whichever
-                rank ends first.
+        The status, 128 + the signal's number, is the same on all ranks: the launcher reports that of the rank that ends first.
         """
         if not self.was_stopped:
             return
@@ -97,12 +92,7 @@ class Guards(TrainerCallback):
 
 
 def check_weights_are_equal(model: torch.nn.Module, step: int) -> None:
-    """
-    Compare the trainable weights of all ranks, bit for bit, by a checksum of 8 bytes.
-
-    Raises:
-        RuntimeError: naming the ranks that differ from rank 0.
-    """
+    """Raise `RuntimeError` if the trainable weights of a rank, by a checksum of their bits, differ from rank 0's."""
     if topology().world_size == 1:
         return
     checksum = sum(bit_sums({name: p for name, p in model.named_parameters() if p.requires_grad}).values())

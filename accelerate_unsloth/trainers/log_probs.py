@@ -34,17 +34,6 @@ class LogProbs:
         Return per-token log-probabilities of `targets`, and what else `outputs` names, each of shape `(tokens,)`.
 
         `hidden` is of shape `(tokens, hidden)`, `weight` of shape `(vocabulary, hidden)`. `chunk_size` is not used.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from accelerate_unsloth.trainers.log_probs import LogProbs
-        >>> hidden, weight = torch.zeros(1, 4), torch.zeros(2, 4)
-        >>> log_probs, *_ = LogProbs.apply(hidden, weight, None, torch.tensor([1]), 1.0, 512, outputs=())
-        >>> round(log_probs.item(), 4)
-        -0.6931
-        ```
         """
         logits = F.linear(hidden, weight.to(hidden.dtype), bias).float() * logit_scale
         if softcap is not None:

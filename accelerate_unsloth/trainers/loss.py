@@ -60,15 +60,13 @@ def count_ratio(trainer, balance, inputs: dict[str, Any], items: int) -> float |
 
 class MetricBook:
     """
-    Means over the items of all ranks of what TRL's losses note for each micro-batch.
+    Collects what TRL's losses note for each micro-batch, over the items of all ranks.
 
-    Args:
-        means (`tuple[str]`): Metrics that are means, the same on all ranks.
-        extremes (`dict[str, str]`, *optional*): Metrics of which the `"min"` or the `"max"` is kept.
+    Of `means` it keeps the mean, of `extremes` the `"min"` or the `"max"`.
     """
 
-    def __init__(self, means: tuple[str, ...], extremes: dict[str, str] | None = None):
-        self._names, self._extremes = means, extremes or {}
+    def __init__(self, means: tuple[str, ...], extremes: dict[str, str]):
+        self._names, self._extremes = means, extremes
         self._sums, self._items = dict.fromkeys(means, 0.0), dict.fromkeys(means, 0)
         self._largest = dict.fromkeys(self._extremes, float("-inf"))  # of a minimum its negative
 

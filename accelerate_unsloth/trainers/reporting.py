@@ -4,9 +4,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..engines.select import choice
-
-# isort: split
 import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -44,7 +41,6 @@ class ReportMixin:
             self._clock.spent.unlogged_s = self._monitor.unlogged_s
             record = html.collect(
                 self,
-                choice,
                 self._clock.began,
                 self._clock.began_at_step,
                 self._clock.spent,

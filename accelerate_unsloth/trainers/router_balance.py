@@ -51,19 +51,6 @@ def router_sums(gate_logits: Iterable[torch.Tensor], top_k: int, attention_mask:
         gate_logits (`Iterable[torch.Tensor]`): Of each layer, of shape `(rows * tokens, experts)`.
         top_k (`int`): Experts per token.
         attention_mask (`torch.Tensor` of shape `(rows, tokens)`, *optional*): Zero for padding, which does not count.
-
-    Returns:
-        [`Sums`]
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from accelerate_unsloth.trainers.router_balance import router_sums
-    >>> sums = router_sums([torch.tensor([[0.0, 9.0], [9.0, 0.0]])], top_k=1, attention_mask=None)
-    >>> sums.assigned.tolist(), float(sums.rows)
-    ([1.0, 1.0], 2.0)
-    ```
     """
     total = None
     for logits in gate_logits:
@@ -110,9 +97,6 @@ class RouterBalance:
 
     While it is [`installed`] for a model, the balancing loss of that model goes through it.
 
-    Args:
-        config ([`~transformers.PretrainedConfig`]): Of the model.
-
     Attributes:
         values (`list[float]`): The loss of each step, before its coefficient; whoever logs them takes them away.
     """
@@ -149,12 +133,8 @@ class RouterBalance:
         """
         Run a step's micro-batches without gradients, and add up the assignments of all ranks; all come here together.
 
-        Args:
-            forwards (`Iterable[Callable]`): Each runs the model on one micro-batch of this rank.
-            items (`torch.Tensor`): Loss items of this rank in the step, a scalar.
-
-        Raises:
-            ValueError: if the model computed no balancing loss on any rank.
+        Each of `forwards` runs the model on one micro-batch of this rank. `items` are the loss items of this rank in the step.
+        Raise `ValueError` if the model computed no balancing loss on any rank.
         """
         totals = torch.zeros(2 * self._experts + 2, device=items.device, dtype=torch.float64)
         totals[-1] = items

@@ -8,7 +8,7 @@ the item count of the whole step, so two halves give the same gradient as the wh
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -27,20 +27,12 @@ def can_be_repeated(parameters: Iterable[torch.nn.Parameter]) -> bool:
 
 @dataclass
 class Step:
-    """
-    State of one optimizer step on this rank.
+    """State of one optimizer step on this rank."""
 
-    Args:
-        micro_batches (`list[MicroBatch]`): All of them.
-        items (`torch.Tensor`): Items that the rank's mean loss is over (tokens, rows, pairs), a float64 scalar.
-        tokens (`int`): Tokens of the micro-batches.
-        loss (`torch.Tensor`): Sum of the losses so far, each divided by `items`, a float64 scalar.
-    """
-
-    micro_batches: list[MicroBatch]
-    items: torch.Tensor
-    tokens: int
-    loss: torch.Tensor
+    micro_batches: list[MicroBatch]  # all of them
+    items: torch.Tensor  # that the rank's mean loss is over (tokens, rows, pairs), a float64 scalar
+    tokens: int  # of the micro-batches
+    loss: torch.Tensor  # sum of the losses so far, each divided by `items`, a float64 scalar
     number: int = 0  # from 1, for messages
     skipped_items: int = 0  # of samples that did not fit the memory
     failed_tokens: int = 0  # of the last micro-batch that did not fit
@@ -88,37 +80,19 @@ class Work(Protocol):
         """Return the tokens of a sample, for messages."""
 
 
+@dataclass(eq=False)
 class StepRunner:
-    """
-    Runs micro-batches, and splits, repeats or skips what does not fit the memory.
+    """Runs micro-batches, and splits, repeats or skips what does not fit the memory."""
 
-    Args:
-        work ([`Work`]): The loss.
-        parameters (`Callable`): Returns the model's parameters; those that are trained are looked up in each step.
-        on_oversized (`str`): The plugin's option: `"stop"` or `"skip"` a sample that does not fit alone.
-        fall_back (`Callable`): `fall_back(why) -> bool`: recompute activations from here on, if that is allowed.
-        may_fall_back (`Callable`): Whether it would be.
-        rank (`int`): This rank, for messages.
-
-    Attributes:
-        skipped_samples (`list[int]`): Samples that were left out.
-        fell_back (`bool`): Whether this rank recomputes since a sample did not fit; `_end_step` of the mixin resets it.
-    """
-
-    def __init__(
-        self,
-        work: Work,
-        parameters: Callable[[], Iterable[torch.nn.Parameter]],
-        on_oversized: str,
-        fall_back: Callable[[str], bool],
-        may_fall_back: Callable[[], bool],
-        rank: int = 0,
-    ):
-        self._work, self._parameters, self._on_oversized = work, parameters, on_oversized
-        self._fall_back, self._may_fall_back, self._rank = fall_back, may_fall_back, rank
-        self.skipped_samples: list[int] = []
-        self.fell_back = False
-        self._has_split = False
+    work: Work
+    parameters: Callable[[], Iterable[torch.nn.Parameter]]  # the model's; the trained ones are found in each step
+    on_oversized: str  # the plugin's option: "stop" or "skip" a sample that does not fit alone
+    fall_back: Callable[[str], bool]  # `fall_back(why)`: recompute activations from here on, if that is allowed
+    may_fall_back: Callable[[], bool]  # whether it would be
+    rank: int  # for messages
+    skipped_samples: list[int] = field(default_factory=list)
+    fell_back: bool = False  # whether this rank recomputes since a sample did not fit; `_end_step` resets it
+    _has_split: bool = False
 
     def run(self, step: Step, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """
@@ -136,18 +110,18 @@ class StepRunner:
         return total
 
     def _learn(self, step: Step, batch: MicroBatch) -> torch.Tensor:
-        trainable = [p for p in self._parameters() if p.requires_grad] if batch.samples else []
+        trainable = [p for p in self.parameters() if p.requires_grad] if batch.samples else []
         samples = batch.samples if can_be_repeated(trainable) else []
         # A backward that breaks off has already added to some gradients.
         kept = [(p, None if p.grad is None else p.grad.clone()) for p in trainable] if samples else []
         try:
-            return self._work.learn(batch.inputs, batch.items, step)
+            return self.work.learn(batch.inputs, batch.items, step)
         except torch.OutOfMemoryError as error:
-            stops = len(samples) == 1 and self._on_oversized == "stop" and not self._may_fall_back()
+            stops = len(samples) == 1 and self.on_oversized == "stop" and not self.may_fall_back()
             if not samples or stops:
                 raise self._explained(error, samples) from error
         # Outside of the except block, whose traceback holds the activations.
-        step.failed_tokens = self._work.tokens(batch.inputs)
+        step.failed_tokens = self.work.tokens(batch.inputs)
         batch.inputs = {}
         for parameter, gradient in kept:
             parameter.grad = gradient
@@ -155,17 +129,17 @@ class StepRunner:
             clear_device_cache(garbage_collection=True)
         if len(samples) > 1:
             return self._split(step, samples)
-        if self._fall_back("a sample did not fit without it"):
+        if self.fall_back("a sample did not fit without it"):
             self.fell_back = True
-            return self._learn(step, MicroBatch(self._work.collate(samples), batch.items, samples))
+            return self._learn(step, MicroBatch(self.work.collate(samples), batch.items, samples))
         return self._skip(step, samples[0], batch.items)
 
     def _split(self, step: Step, samples: list[int]) -> torch.Tensor:
         self._say_once()
         half, loss = len(samples) // 2, torch.zeros((), device=step.loss.device)
         for part in (samples[:half], samples[half:]):
-            inputs = self._work.collate(part)
-            if items := self._work.items(inputs):
+            inputs = self.work.collate(part)
+            if items := self.work.items(inputs):
                 loss = loss + self._learn(step, MicroBatch(inputs, items, part))
         return loss
 
@@ -173,12 +147,12 @@ class StepRunner:
         """On whichever rank it is, so not through a logger, which other ranks mute."""
         if not self._has_split:
             self._has_split = True
-            print(f"[rank {self._rank}] a micro-batch did not fit the memory and is split in two.", file=sys.stderr)
+            print(f"[rank {self.rank}] a micro-batch did not fit the memory and is split in two.", file=sys.stderr)
 
     def _skip(self, step: Step, sample: int, items: int) -> torch.Tensor:
-        length = self._work.length(sample)
+        length = self.work.length(sample)
         print(
-            f"[rank {self._rank}] sample {sample}, of {length} tokens, does not fit the memory and is left out of step "
+            f"[rank {self.rank}] sample {sample}, of {length} tokens, does not fit the memory and is left out of step "
             f"{step.number}.",
             file=sys.stderr,
         )
@@ -189,9 +163,9 @@ class StepRunner:
     def _explained(self, error: torch.OutOfMemoryError, samples: list[int]) -> torch.OutOfMemoryError:
         what, remedy = "a micro-batch", "or a smaller per_device_train_batch_size"
         if samples:
-            what = f"sample {samples[0]} alone, of {self._work.length(samples[0])} tokens,"
+            what = f"sample {samples[0]} alone, of {self.work.length(samples[0])} tokens,"
             remedy = "or set on_oversized='skip' to leave such samples out"
         return torch.OutOfMemoryError(
-            f"On rank {self._rank} {what} does not fit the memory ({error}). Use gradient checkpointing, a smaller "
+            f"On rank {self.rank} {what} does not fit the memory ({error}). Use gradient checkpointing, a smaller "
             f"max_length or 4-bit weights, {remedy}."
         )

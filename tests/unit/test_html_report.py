@@ -446,7 +446,7 @@ def trainer(tmp_path, monkeypatch):
         args = SimpleNamespace(output_dir=str(tmp_path / "out"))
         _monitor = SimpleNamespace(history=[], unlogged_s=0.0)
 
-    def collect(trainer, engine, began, began_at_step, spent, history, warnings):
+    def collect(trainer, began, began_at_step, spent, history, warnings):
         return a_record(began=began, began_at_step=began_at_step, spent=spent, warnings=list(warnings))
 
     monkeypatch.setattr(html, "collect", collect)

@@ -27,6 +27,11 @@ _PRESETS = {
     Preset.SCALING: {"plain_batches": "", "equal_share": True},
     Preset.SMALL_GPU: {"plain_batches": "2,4", "batch": 4, "gpu_gib": "24,16"},
 }  # fmt: skip
+# A look at the command: in place of all options.
+_QUICK = {
+    "model": "tiny", "samples": 48, "steps": 3, "effective_batch": 8, "max_length": 128, "load_in_4bit": False,
+    "processes": "1,2", "plain_batches": "", "batch": 2, "with_trl": False, "ablation": False,
+}  # fmt: skip
 
 
 class Trainer(str, Enum):
@@ -82,7 +87,7 @@ def bench(
     given = {name: value for name, value in locals().items() if name != "context"}
     chosen = _chosen(context, given, preset)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    counts = [1, 2] if quick else _counts(processes)
+    counts = _counts(chosen.processes)
     if preset is Preset.NOTEBOOK and _is_open(context, "effective_batch"):
         chosen.effective_batch = _NOTEBOOK_SAMPLES * max(counts)
     work, runs = _workload(chosen), _runs(chosen, counts)
@@ -92,10 +97,14 @@ def bench(
 
 
 def _chosen(context: typer.Context, given: dict, preset: Preset | None) -> SimpleNamespace:
-    """Return all options: those of the preset where they were not given. Not from `context.params`, whose types Typer changed."""
+    """
+    Return all options: those of the preset where they were not given, and those of the quick form.
+
+    They are not read from `context.params`, because the types there depend on the version of Typer.
+    """
     defaults = _EVERY_PRESET | _PRESETS[preset] if preset else {}
     of_preset = {name: value for name, value in defaults.items() if _is_open(context, name)}
-    chosen = SimpleNamespace(**given | of_preset)
+    chosen = SimpleNamespace(**given | of_preset | (_QUICK if given["quick"] else {}))
     chosen.out = chosen.out.absolute()
     return chosen
 
@@ -109,28 +118,22 @@ def _workload(chosen):
     from ...testing import tiny_model
     from .runs import Workload
 
-    name = "tiny" if chosen.quick else chosen.model
+    name, data, trainer = chosen.model, chosen.data, chosen.trainer.value
     made = name in tiny_model.DIMENSIONS
     folder = tiny_model.make_model(name, chosen.out / name) if made else Path(name).absolute()
-    data, trainer = chosen.data, chosen.trainer.value
     if data is None:
         lengths = (4.0, 0.8) if chosen.quick else ()
-        data = make_data(chosen.out / "data.jsonl", trainer, 48 if chosen.quick else chosen.samples, *lengths)
-    if chosen.quick:
-        size = {"steps": 3, "effective_batch": 8, "max_length": 128, "load_in_4bit": False, "optim": "adamw_torch"}
-        return Workload(str(folder), str(data.absolute()), **size, cpu=True, trainer=trainer)
+        data = make_data(chosen.out / "data.jsonl", trainer, chosen.samples, *lengths)
     size = {name: getattr(chosen, name) for name in ("steps", "effective_batch", "max_length", "load_in_4bit")}
-    return Workload(str(folder), str(data.absolute()), **size, trainer=trainer)
+    on_cpu = {"optim": "adamw_torch", "cpu": True} if chosen.quick else {}
+    return Workload(str(folder), str(data.absolute()), **size, **on_cpu, trainer=trainer)
 
 
 def _runs(chosen, counts: list[int]) -> list:
     from .runs import limited, plan
 
-    if chosen.quick:
-        runs = plan(counts, [], batch=2, with_trl=False, ablation=False)
-    else:
-        sizes = [int(size) for size in chosen.plain_batches.split(",") if size]
-        runs = plan(counts, sizes, chosen.batch, chosen.with_trl, chosen.ablation)
+    sizes = [int(size) for size in chosen.plain_batches.split(",") if size]
+    runs = plan(counts, sizes, chosen.batch, chosen.with_trl, chosen.ablation)
     if limits := [float(gib) for gib in chosen.gpu_gib.split(",") if gib]:
         runs = [run for gpu_gib in limits for run in limited(runs, gpu_gib)]
     if not chosen.use_gradient_checkpointing:
@@ -166,12 +169,7 @@ def make_data(file: Path, trainer: str, samples: int, *lengths: float) -> Path:
 
 
 def work_of(run, work, most_processes: int):
-    """
-    The workload of one run: its part of the effective batch of `most_processes`.
-
-    Raises:
-        BadParameter: if the effective batch cannot be cut so.
-    """
+    """Return the workload of one run, with its part of the effective batch of `most_processes`, which must be whole."""
     effective_batch, rest = divmod(work.effective_batch * run.processes, most_processes)
     if rest or effective_batch % (run.batch * run.processes):
         raise typer.BadParameter(

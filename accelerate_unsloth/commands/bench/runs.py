@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from ...reporting.readings import imbalance
 from ...testing import launching
 
 _PHASES = ("python", "imported", "loaded", "adapters", "trainer", "first step", "trained", "saved")
@@ -191,7 +192,7 @@ def figures(ranks: list[dict]) -> dict:
     seconds = _differences(ends)
     steady = range(len(seconds) // 3, len(seconds))
     rates = [sum(rank[step] for rank in tokens) / seconds[step] for step in steady]
-    imbalances = [max(r[step] for r in tokens) * len(ranks) / max(1, sum(r[step] for r in tokens)) for step in steady]
+    imbalances = [imbalance([rank[step] for rank in tokens]) for step in steady]
     at = {phase: max(rank["phases"][phase] for rank in ranks) for phase in _PHASES}
     starts = [ranks[0]["phases"]["launched"], *at.values()]
     return {

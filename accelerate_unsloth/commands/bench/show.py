@@ -2,8 +2,9 @@
 
 import json
 import platform
-from importlib.metadata import distributions
 from pathlib import Path
+
+from ..env.checks import installed_version
 
 _PACKAGES = [
     "accelerate_unsloth",
@@ -27,10 +28,7 @@ def hardware() -> dict:
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    installed = {
-        distribution.metadata["Name"].replace("-", "_"): distribution.version for distribution in distributions()
-    }
-    versions = {name: installed.get(name, "not installed as a package") for name in _PACKAGES}
+    versions = {name: installed_version(name) or "not installed as a package" for name in _PACKAGES}
     return {"gpus": gpus, "processor": platform.processor() or platform.machine(), "versions": versions}
 
 
@@ -40,9 +38,10 @@ def print_table(results: list[dict]) -> None:
 
     `x` compares a run with the best plain run of as many processes, scaling with its kind on the fewest.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ...reporting.startup_table import console
 
     table = Table(title="accelerate-unsloth bench", title_justify="left", pad_edge=False)
     for heading in _HEADINGS:
@@ -67,8 +66,7 @@ def print_table(results: list[dict]) -> None:
             result["attention"],
         )
     table.caption, table.caption_justify = Text("\n".join(failures(results))), "left"
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    console(width=140).print(table)
 
 
 def ratio_to_plain(result: dict, results: list[dict]) -> float | None:

@@ -48,17 +48,16 @@ def can_train(findings) -> bool:
 
 
 def _print_table(findings, works: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ...reporting.startup_table import console
 
     table = Table("", "", "verdict", title="accelerate_unsloth", title_justify="left", pad_edge=False)
     for finding in findings:
         value = "\n".join(filter(None, [finding.value, finding.fix and f"-> {finding.fix}"]))
         # Text, because rich would read brackets in values as markup.
         table.add_row(Text(finding.subject), Text(value), Text(finding.verdict, style=_COLOURS[finding.verdict]))
-    console = Console()
-    # Without a terminal rich uses 80 columns, which is too narrow for reasons.
-    console = console if console.is_terminal else Console(width=120)
-    console.print(table)
-    console.print("Training can work here." if works else "Training cannot work here: fix the problems above.")
+    output = console()
+    output.print(table)
+    output.print("Training can work here." if works else "Training cannot work here: fix the problems above.")

@@ -38,7 +38,7 @@ def check_versions(engine: str | None) -> Iterator[Finding]:
     yield Finding("python", platform.python_version())
     try:
         yield Finding(_DISTRIBUTION, metadata.version(_DISTRIBUTION))
-        yield from compare_versions(metadata.requires(_DISTRIBUTION) or [], _installed_version, engine)
+        yield from compare_versions(metadata.requires(_DISTRIBUTION) or [], installed_version, engine)
     except metadata.PackageNotFoundError:
         yield Finding(_DISTRIBUTION, "not installed", NOTE, "Install it with pip so that versions can be checked.")
 
@@ -47,12 +47,9 @@ def compare_versions(
     required: Iterable[str], installed: Callable[[str], str | None], engine: str | None
 ) -> Iterator[Finding]:
     """
-    Compare installed versions with requirements.
+    Compare the versions that `installed` returns with requirements such as `"torch<2.15,>=2.11"`, without those of extras.
 
-    Args:
-        required (`Iterable[str]`): Such as `"torch<2.15,>=2.11"`; those of extras are left out.
-        installed (`Callable`): Returns the version of a package, or `None`.
-        engine (`str`, *optional*): The engine that would be used; only `"unsloth"` needs Unsloth.
+    Only the engine `"unsloth"` needs Unsloth.
     """
     from packaging.requirements import Requirement
 
@@ -70,7 +67,8 @@ def compare_versions(
             yield Finding(name, f"{version}, tested with {tested}", NOTE, install)
 
 
-def _installed_version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Return the version of a package, or `None` if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -19,15 +19,10 @@ def check_choices(
     visible_gpus: int, devices: Sequence[Device] = (), kernels: dict | None = None
 ) -> tuple[str | None, list[Finding]]:
     """
-    Decide as training would, with the options of this environment.
+    Decide as training would, with the options of this environment, on GPUs that torch can use.
 
-    Args:
-        visible_gpus (`int`): GPUs that torch can use.
-        devices (`Sequence[Device]`, *optional*): The visible GPUs, for their memory.
-        kernels (`dict`, *optional*): What [`kernels.describe`] returned where Unsloth was imported.
-
-    Returns:
-        `tuple[str | None, list[Finding]]`: the engine, `None` if the options do not allow one, and the findings.
+    `devices` are for their memory; `kernels` is what [`kernels.describe`] returned where Unsloth was imported. Return the
+    engine, `None` if the options do not allow one, and the findings.
     """
     try:
         plugin = UnslothPlugin()

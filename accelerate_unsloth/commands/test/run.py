@@ -56,7 +56,7 @@ def same_losses(one: Sequence[float], several: Sequence[float], tolerance: float
     return Check(name, OK if close else FAILED, detail)
 
 
-def same_weights(checksums: Sequence[str]) -> Check:
+def same_weights(checksums: Sequence[dict[str, int]]) -> Check:
     """Check that all ranks end with the same weights, bit for bit."""
     others = [str(rank) for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
     detail = f"rank(s) {', '.join(others)} differ from rank 0" if others else f"{len(checksums)} rank(s), bit for bit"
@@ -86,27 +86,10 @@ def reloads(outputs: Mapping[str, Sequence[float]], tolerance: float) -> Check:
 
 def run(num_processes: int | None = None, timeout_s: float = 300.0) -> Iterator[Check]:
     """
-    Train a tiny model on one process and on several, and compare. Yields each check when it is done.
+    Train a tiny model on one process and on several, and compare; yield each check when it is done.
 
-    Args:
-        num_processes (`int`, *optional*):
-            Processes of the second launch: by default as many as there are visible GPUs, or 2 on the CPU.
-        timeout_s (`float`, *optional*, defaults to `300.0`):
-            Longest time of each launch, in seconds.
-
-    Returns:
-        `Iterator[Check]`: it ends with the first launch that fails.
-
-    Raises:
-        ValueError: for more processes than GPUs, or fewer than 1.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.commands.test.run import passed, run
-    >>> passed(run())
-    True
-    ```
+    The first launch that fails, or takes longer than `timeout_s`, is the last. Raise `ValueError` for more processes than
+    GPUs, or fewer than 1.
     """
     manager = DeviceManager()
     devices = manager.get_available_devices()

@@ -5,7 +5,6 @@ What the installation check starts, as a user's script would do it.
     python -m accelerate_unsloth.commands.test.worker reload FOLDER NAME
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -21,6 +20,8 @@ def train(folder: str, name: str, accumulation: str, precision: str) -> None:
     """Fine-tune the model, and write what this rank saw to `rank<N>.json`."""
     from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer  # isort: skip
     import datasets
+
+    from ...reliability.checksum import bit_sums
 
     folder, rank = Path(folder), int(os.environ.get("RANK", 0))
     out = folder / name
@@ -50,21 +51,10 @@ def train(folder: str, name: str, accumulation: str, precision: str) -> None:
     report = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "devices": sorted({str(p.device) for p in model.parameters()}),
-        "weights": checksum(model),
+        "weights": bit_sums({name: p for name, p in model.named_parameters() if p.requires_grad}),
         "logits": logits(model, tokenizer),
     }
     (out / f"rank{rank}.json").write_text(json.dumps(report))
-
-
-def checksum(model) -> str:
-    """Return a digest of the trained weights, bit for bit."""
-    import torch
-
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def logits(model, tokenizer) -> list[float]:

@@ -73,8 +73,8 @@ class Record:
         return [(entry["step"], entry[key]) for entry in self.log_history if key in entry]
 
 
-def collect(trainer, engine, began: str, began_at_step: int, spent: PhaseSeconds, history, warnings) -> Record:
-    """Return the [`Record`] of a trainer that has just trained, on rank 0; `engine` built its model."""
+def collect(trainer, began: str, began_at_step: int, spent: PhaseSeconds, history, warnings) -> Record:
+    """Return the [`Record`] of a trainer that has just trained, on rank 0."""
     import torch
 
     state, args, data = trainer.state, trainer.args, trainer.train_dataset
@@ -110,18 +110,7 @@ def collect(trainer, engine, began: str, began_at_step: int, spent: PhaseSeconds
 
 
 def render(record: Record) -> str:
-    """
-    Return the page of a run.
-
-    Example:
-
-    ```python
-    >>> from accelerate_unsloth.reporting import html
-    >>> record = html.Record("tiny", 1, 1, [{"step": 1, "loss": 2.0}], decisions=[("a", "b", "c")])
-    >>> "<h2>Decisions</h2>" in html.render(record)
-    True
-    ```
-    """
+    """Return the page of a run."""
     import jinja2
     from markupsafe import Markup
 

@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from .. import readings
+
 _LOG_ROWS = 500
 _LOG_COLUMNS = {
     "loss": "loss",
@@ -133,9 +135,9 @@ def tokens_per_second(record) -> float | None:
 
 
 def imbalance(record) -> float | None:
-    """Return the mean over the intervals of: most tokens of a rank over the mean of the ranks."""
+    """Return the mean over the intervals of their imbalance."""
     tokens = [[rank.tokens for rank in interval.ranks] for interval in record.history]
-    found = [max(of_ranks) * len(of_ranks) / sum(of_ranks) for of_ranks in tokens if any(of_ranks)]
+    found = [readings.imbalance(of_ranks) for of_ranks in tokens if any(of_ranks)]
     return sum(found) / len(found) if found else None
 
 
