@@ -7,6 +7,8 @@ import pytest
 
 # Losses, step by step: about three significant digits.
 BF16_ROUNDING = 1e-2
+# Losses of preferences depend on differences of sums over all tokens of an answer: up to 1.1e-2 on two H200s (DPO, 16 bits).
+ROUNDING_OF_PREFERENCES = 3e-2
 
 # Both were set by emulation: SmolLM2-135M in float32, with each layer's outputs and each gradient rounded to bfloat16, LoRA of
 # rank 8, 12 to 20 steps of two kinds of data. Neither is a maximum over steps: rounding alone moves the gradient of a few steps
@@ -18,13 +20,13 @@ GRADIENT_NORMS = 2e-2
 CHANGE_OF_WEIGHTS = 0.25
 
 
-def assert_same_training(one: dict, other: dict) -> None:
+def assert_same_training(one: dict, other: dict, rounding: float = BF16_ROUNDING) -> None:
     """
     Compare what two cases returned.
 
     Losses hardly show a gradient of the wrong size, because Adam divides by it; gradient norms do.
     """
-    assert other["losses"] == pytest.approx(one["losses"], rel=BF16_ROUNDING)
+    assert other["losses"] == pytest.approx(one["losses"], rel=rounding)
     assert difference_of_norms(one, other) < GRADIENT_NORMS
 
 
