@@ -150,7 +150,16 @@ def _allocated(nbytes: int, device: torch.device) -> torch.Tensor:
                 f"{nbytes / 2**30:.2f} GiB of frozen weights do not fit {device}, of which {free / 2**30:.2f} of "
                 f"{total / 2**30:.1f} GiB are free. Use more GPUs, 4-bit weights, or ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=host."
             )
+        _lower_limit_of_pytorch(nbytes, device)
         return torch.as_tensor(_Region(int(pointer), nbytes), device=device)
+
+
+def _lower_limit_of_pytorch(nbytes: int, device: torch.device) -> None:
+    """Let memory that PyTorch does not know count against a limit that was set for it."""
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    if fraction < 1:
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(max(0.0, fraction - nbytes / total), device)
 
 
 def _handle(region: torch.Tensor) -> str:
