@@ -96,7 +96,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         self._planner = Planner(self.model, choice.name, self.plugin, self.args.device, self.args.optim)
         self._runner = StepRunner(
             self.adapter,
-            self.model.parameters,
+            lambda: self._trainable,
             self.plugin.on_oversized,
             self._planner.fall_back,
             self._planner.may_fall_back,
@@ -176,7 +176,10 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         several = self.accelerator.num_processes > 1
         with patched(self.accelerator, prepare_model=unwrapped) if several else contextlib.nullcontext():
             prepared = super()._prepare_for_training(*args, **kwargs)
-        self._reducer = make_reducer(self.model.parameters(), self.accelerator.num_processes)
+        # Found once: a walk over all modules takes several milliseconds, and small steps wait for the CPU.
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._flops_per_value = None
+        self._reducer = make_reducer(self._trainable, self.accelerator.num_processes)
         self._reducer.broadcast_parameters()
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         self._num_tokens = torch.tensor(
@@ -209,7 +212,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
             self._train_lengths,
             self._undo_after_training,
             noisy=bool(getattr(self.args, "neftune_noise_alpha", None)),
-            can_fall_back=can_be_repeated(self.model.parameters()),
+            can_fall_back=can_be_repeated(self._trainable),
             keep_because=why if needs_activations else "",
         )
         self._planner.probe(self._fits)
@@ -221,8 +224,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
     def _fits(self, samples: list[int]) -> bool:
         """Return whether a forward and backward of these samples fits next to the optimizer's state."""
         inputs = self.adapter.collate(samples)
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        state_bytes = self._planner.state_bytes_of(trainable)
+        state_bytes = self._planner.state_bytes_of(self._trainable)
         if self.optimizer is not None and any(self.optimizer.state.values()):
             state_bytes = 0  # a resumed run has it already
         items = self.adapter.items(inputs)
@@ -233,7 +235,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         def run():
             self.adapter.learn(inputs, items, step)
 
-        return leaves_memory(run, trainable, state_bytes, self.args.device, self.plugin.memory_fraction)
+        return leaves_memory(run, self._trainable, state_bytes, self.args.device, self.plugin.memory_fraction)
 
     # ---- The step ----
 
@@ -287,7 +289,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
     def _end_step(self) -> torch.Tensor:
         """Meet the other ranks; return the loss of the step."""
         step, self._step = self._step, None
-        step.leave_out_skipped(self.model.parameters())
+        step.leave_out_skipped(self._trainable)
         worked = self._monitor.end_work(step.tokens)
         totals = self._reducer.reduce(
             step.loss,
@@ -307,7 +309,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
             step.number,
             step.samples,
             self.plugin.on_nonfinite,
-            self.model.parameters(),
+            self._trainable,
             scaled,
         )
         self._tell(said, logger.warning)
@@ -321,8 +323,11 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
             say(message)
 
     def floating_point_ops(self, inputs):
-        """Operations of all micro-batches of a micro-step, as the Trainer estimates them."""
-        return sum(super(DistributedTrainerMixin, self).floating_point_ops(batch.inputs) for batch in inputs)
+        """Operations of all micro-batches of a micro-step, as the Trainer estimates them, which counts parameters each time."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if self._flops_per_value is None:
+            self._flops_per_value = super().floating_point_ops({name: torch.empty(1)})
+        return self._flops_per_value * sum(batch.inputs[name].numel() for batch in inputs if name in batch.inputs)
 
     def _track_num_input_tokens(self, inputs):
         """Count the tokens of a micro-step at once, because the Trainer gathers them over all ranks."""

@@ -85,7 +85,7 @@ class StepRunner:
     """Runs micro-batches, and splits, repeats or skips what does not fit the memory."""
 
     work: Work
-    parameters: Callable[[], Iterable[torch.nn.Parameter]]  # the model's; the trained ones are found in each step
+    trainable: Callable[[], list[torch.nn.Parameter]]  # those that are trained, once training has begun
     on_oversized: str  # the plugin's option: "stop" or "skip" a sample that does not fit alone
     fall_back: Callable[[str], bool]  # `fall_back(why)`: recompute activations from here on, if that is allowed
     may_fall_back: Callable[[], bool]  # whether it would be
@@ -110,7 +110,7 @@ class StepRunner:
         return total
 
     def _learn(self, step: Step, batch: MicroBatch) -> torch.Tensor:
-        trainable = [p for p in self.parameters() if p.requires_grad] if batch.samples else []
+        trainable = self.trainable() if batch.samples else []
         samples = batch.samples if can_be_repeated(trainable) else []
         # A backward that breaks off has already added to some gradients.
         kept = [(p, None if p.grad is None else p.grad.clone()) for p in trainable] if samples else []

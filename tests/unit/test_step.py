@@ -1,10 +1,13 @@
 """One step on one rank, without a Trainer: what fits, what is split, what falls back, what is left out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from accelerate_unsloth.data.loader import MicroBatch
 from accelerate_unsloth.trainers import step as step_module
+from accelerate_unsloth.trainers.mixin import DistributedTrainerMixin
 from accelerate_unsloth.trainers.step import Step, StepRunner
 
 ROWS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], dtype=torch.float64)
@@ -121,3 +124,28 @@ def test_large_gradients_are_not_copied_so_nothing_is_repeated(monkeypatch):
         torch.OutOfMemoryError, match=r"On rank 3 a micro-batch does not fit.*per_device_train_batch_size"
     ):
         run([[0, 1]], fits=1)
+
+
+def test_operations_are_those_of_the_stock_trainer_which_counts_once():
+    counted = []
+
+    class Stock:
+        model = SimpleNamespace(main_input_name="input_ids")
+
+        def floating_point_ops(self, inputs):
+            counted.append(inputs)
+            return 6 * inputs["input_ids"].numel() * 7
+
+    class Trainer(DistributedTrainerMixin, Stock):
+        _flops_per_value = None
+
+        def __init__(self):
+            """Without a model to train."""
+
+    batches = [MicroBatch({"input_ids": torch.ones(2, size)}, 1, []) for size in (3, 5)]
+    trainer, stock = Trainer(), Stock()
+    for micro_step in (batches, [], batches[:1], [MicroBatch({}, 0, [])]):
+        expected = sum(stock.floating_point_ops(batch.inputs) for batch in micro_step if batch.inputs)
+        counted.clear()
+        assert trainer.floating_point_ops(micro_step) == expected
+        assert len(counted) == (micro_step is batches)
