@@ -55,8 +55,9 @@ def used_gib() -> float:
 
 
 def measure(case: str, options, callbacks=()) -> dict:
-    placement, bits, checkpointing, gib = [*case.split(":"), "auto", "0"][:4]
-    if float(gib or 0):
+    parts = case.split(":")
+    placement, bits, checkpointing, gib = parts + ["auto", "0"][len(parts) - 2 :]
+    if float(gib):
         torch.cuda.set_per_process_memory_fraction(float(gib) * GIB / torch.cuda.mem_get_info()[1])
     os.environ[VARIABLE] = placement
     before_gib, began_s = used_gib(), time.perf_counter()
@@ -86,7 +87,7 @@ def measure(case: str, options, callbacks=()) -> dict:
         args=arguments,
         train_dataset=datasets.Dataset.from_json(options.data),
         processing_class=tokenizer,
-        plugin=UnslothPlugin(gradient_checkpointing=checkpointing or "auto"),
+        plugin=UnslothPlugin(gradient_checkpointing=checkpointing),
         callbacks=[clock, *callbacks],
     )
     torch.cuda.reset_peak_memory_stats()

@@ -36,7 +36,10 @@ def estimate_memory(
     from ..memory.estimate import estimate
 
     if frozen_weights is Placement.SHARDED and num_gpus == 1:
-        raise typer.BadParameter("one GPU has no other one to share with", param_hint="--frozen-weights sharded")
+        raise typer.BadParameter(
+            "one GPU has no other one to share with. Give --num-gpus 2 or more, or --frozen-weights host.",
+            param_hint="--frozen-weights sharded",
+        )
     try:
         shape = model_sizes.resolve(model_name).shape
         estimates = {

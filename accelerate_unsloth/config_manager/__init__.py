@@ -213,7 +213,11 @@ class ConfigManager:
         processes, counted = self._processes(num_gpus)
         gpu_gib, read = self._memory(available_memory, processes)
         # Where the number of processes is open, with the buffer that several need.
-        resources = (gpu_gib, plugin.memory_fraction, processes or 2)
+        count = processes or 2
+        of_machine = (
+            Topology.from_environment().local_world_size if num_gpus is None and "RANK" in os.environ else count
+        )
+        resources = (gpu_gib, plugin.memory_fraction, count, of_machine)
         work = Workload(model.shape, model.source, *resources, **script, frozen_weights=plugin.frozen_weights)
         chosen = work.plan(plugin)
         options: dict[str, Any] = {} if processes is None else {"num_gpus": processes}

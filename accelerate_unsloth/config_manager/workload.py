@@ -23,6 +23,7 @@ class Workload:
     gpu_gib: float
     fraction: float
     num_gpus: int
+    gpus_of_machine: int
     max_seq_length: int = 2048
     load_in_4bit: bool = True
     r: int = 16
@@ -31,13 +32,12 @@ class Workload:
 
     @functools.cached_property
     def placed(self) -> placement.PlacementChoice:
-        """Where the frozen weights will be, if all GPUs are of one machine, can copy from one another, and it has the memory."""
+        """Where the frozen weights will be, if the GPUs can copy from one another, and the machine has the memory."""
         layer_bytes, other_bytes = frozen_bytes(self.shape, self.load_in_4bit)
         facts = placement.Facts(
-            layer_bytes=int(layer_bytes),
-            layers=self.shape.layers,
+            layers=(int(layer_bytes / self.shape.layers),) * self.shape.layers,
             other_bytes=int(other_bytes),
-            local_world_size=self.num_gpus,
+            local_world_size=self.gpus_of_machine,
             host_bytes=sys.maxsize,
             device_bytes=int(self.gpu_gib * GIB),
         )
@@ -48,7 +48,8 @@ class Workload:
 
     def estimate(self, recomputed: float) -> Estimate:
         where = self.placed.mode
-        return estimate(self.shape, self.load_in_4bit, self.r, self.optim, recomputed, self.num_gpus, where)
+        sharing = self.gpus_of_machine if where == "sharded" else self.num_gpus
+        return estimate(self.shape, self.load_in_4bit, self.r, self.optim, recomputed, sharing, where)
 
     def tokens(self, recomputed: float) -> int:
         """Return the tokens of the largest micro-batch, if this part of the layers recomputes."""

@@ -142,6 +142,13 @@ class Channel:
             rank: json.loads(self._store.get(key)) if self._store.check([key]) else None for rank, key in keys.items()
         }
 
+    def meet(self, name: str, timeout_s: float) -> None:
+        """Wait until all ranks have made this call, one has failed, or `timeout_s` seconds have passed."""
+        call = self._next_key(name)
+        self._post(f"{call}/{self.topology.rank}", True)
+        keys = [f"{call}/{rank}" for rank in range(self.topology.world_size)]
+        self._arrives(keys, timeout_s, gives_up=lambda: self.failed_rank() is not None)
+
     def run_on_main(self, name: str, function: Callable[[], Any]) -> Any:
         """
         Run `function` on rank 0 while the others wait; return its result there and `None` elsewhere.

@@ -57,8 +57,14 @@ class Estimate:
 
 
 def frozen_bytes(shape: ModelShape, load_in_4bit: bool) -> tuple[float, float]:
-    """Return the bytes of the frozen weights in decoder layers, and of the embeddings, which stay in 16 bits."""
-    return shape.stored_linear_values * (budget.NF4_BYTES if load_in_4bit else 2), 2 * shape.embedding_values
+    """
+    Return the bytes of the decoder layers that can be in one place, and those that every GPU holds.
+
+    The latter are the embeddings, which stay in 16 bits, and the constants of 4-bit weights.
+    """
+    values = shape.stored_linear_values
+    constants = values * _CONSTANTS_BYTES if load_in_4bit else 0.0
+    return values * (0.5 if load_in_4bit else 2), constants + 2 * shape.embedding_values
 
 
 def estimate(
@@ -78,14 +84,13 @@ def estimate(
     `"sharded"` each of the `num_gpus` GPUs, which are of one machine then, holds its part of them as well.
     """
     adapters, working_bytes = shape.lora_values(r), shape.working_bytes
-    linear_bytes, embedding_bytes = frozen_bytes(shape, load_in_4bit)
-    host_bytes = linear_bytes if frozen_weights == "host" else 0.0
+    layer_bytes, other_bytes = frozen_bytes(shape, load_in_4bit)
+    host_bytes = layer_bytes + other_bytes - 2 * shape.embedding_values if frozen_weights == "host" else 0.0
     if frozen_weights != "replicated":
-        constants = shape.stored_linear_values * _CONSTANTS_BYTES if load_in_4bit else 0.0
         held_layers = FETCHED_LAYERS + (shape.layers / num_gpus if frozen_weights == "sharded" else 0)
-        linear_bytes = constants + held_layers * (linear_bytes - constants) / shape.layers
+        layer_bytes = held_layers * layer_bytes / shape.layers
     return Estimate(
-        weights_gib=(linear_bytes + embedding_bytes) / GIB,
+        weights_gib=(layer_bytes + other_bytes) / GIB,
         adapters_gib=4 * adapters / GIB,
         gradients_gib=4 * adapters / GIB,
         optimizer_gib=state_bytes(optim) * adapters / GIB,

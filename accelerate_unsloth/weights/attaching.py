@@ -117,7 +117,8 @@ class Attachment:
 
     def make_fetcher(self) -> Fetcher | None:
         """Return what copies the layers to the device, once all ranks were added; `None` where nothing is copied."""
-        return Fetcher(self._found, self._device) if self._fetches and self._found else None
+        fetched = self._fetches and any(not layer.stays for layer in self._found)
+        return Fetcher(self._found, self._device) if fetched else None
 
     def _set(self, piece: Piece, found: Found, state: dict | None, stays: bool) -> None:
         """Set a parameter of the model: the shared copy, a copy of its own, or one that is fetched."""

@@ -24,7 +24,7 @@ from .checkpoint import LayeredCheckpoint
 from .copying import pin
 from .decoder import DecoderLayer, find_layers
 from .layout import Piece, as_bytes, from_bytes
-from .peer_memory import DeviceMemory, PeerMemory, why_no_copies
+from .peer_memory import DeviceMemory, PeerMemory, held_bytes, stay_while_read, why_no_copies
 from .shared_memory import SharedMemory, mapped
 
 
@@ -103,15 +103,19 @@ def _why_not_shared(model, layers: list[DecoderLayer], device_map, quantizer) ->
 
 def _facts(model, layers: list[DecoderLayer], device: str, cannot_share: str) -> placement.Facts:
     tied = getattr(model, "all_tied_weights_keys", {})  # on the meta device they are parameters of their own
-    sizes = {name: _loaded_bytes(p) for name, p in model.named_parameters() if name not in tied}
-    layer_bytes = sum(sizes[name] for layer in layers for name in layer.parameters)
+    parameters = {name: p for name, p in model.named_parameters() if name not in tied}
+    of_layers = [[parameters[name] for name in layer.parameters] for layer in layers]
+    sizes = tuple(int(sum(map(_movable_bytes, of_layer))) for of_layer in of_layers)
+    processes = topology().local_world_size
+    device_bytes = None if device == "cpu" else placement.device_bytes(processes)
+    if device_bytes is not None and torch.cuda.get_per_process_memory_fraction() == 1:
+        device_bytes -= held_bytes()  # under a limit of PyTorch's they have lowered it
     return placement.Facts(
-        layer_bytes=int(layer_bytes),
-        layers=len(layers),
-        other_bytes=int(sum(sizes.values()) - layer_bytes),
-        local_world_size=topology().local_world_size,
+        layers=sizes,
+        other_bytes=int(sum(map(_loaded_bytes, parameters.values())) - sum(sizes)),
+        local_world_size=processes,
         host_bytes=placement.host_bytes(),
-        device_bytes=None if device == "cpu" else placement.device_bytes(),
+        device_bytes=device_bytes,
         cannot_share=cannot_share,
     )
 
@@ -120,6 +124,13 @@ def _loaded_bytes(parameter: torch.Tensor) -> float:
     """Return the bytes of a parameter of a model on the meta device, once it is loaded."""
     is_4bit = type(parameter).__name__ == "Params4bit"
     return parameter.numel() * (NF4_BYTES if is_4bit else parameter.element_size())
+
+
+def _movable_bytes(parameter: torch.Tensor) -> float:
+    """Return those that can be elsewhere: without the constants of quantization, biases and norms."""
+    if parameter.dim() < 2:
+        return 0
+    return parameter.numel() * 0.5 if type(parameter).__name__ == "Params4bit" else _loaded_bytes(parameter)
 
 
 def _load_shared(
@@ -151,21 +162,25 @@ def _load_shared(
             found = Found(pieces, of_rank, on_gpu if is_own else None, peer, is_own)
             checkpoint.info.missing_keys -= {*attached.add(found)}
         channel().gather("frozen weights mapped", True, place.node_ranks)  # before any rank closes its memory
+    if on_gpu:
+        stay_while_read()
     with suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # what conversions have used and glibc has kept
     return checkpoint.info, attached
 
 
-def _own_layers(number: int, dealt: bool) -> list[int]:
+def _own_layers(number: int, keeps_own: bool) -> list[int]:
     """
-    Return the layers that this rank loads: neighbours, which are in the same files, or `dealt` one by one.
+    Return the layers that this rank loads: neighbours, which are in the same files, or those that it keeps.
 
-    Where a rank keeps its layers, the copy of another rank's has more time if its own run before it.
+    The position among the node's ranks counts, because launchers that show each process one GPU may give all of them the
+    same local rank.
     """
     place = topology()
-    if dealt:
-        return [*range(place.local_rank, number, place.local_world_size)]
-    return [index for index in range(number) if index * place.local_world_size // number == place.local_rank]
+    position, processes = place.node_ranks.index(place.rank), len(place.node_ranks)
+    if keeps_own:
+        return [index for index in range(number) if placement.owner(index, processes) == position]
+    return [index for index in range(number) if index * processes // number == position]
 
 
 def _load_own(

@@ -2,11 +2,16 @@
 Memory of a GPU that the other processes of a node copy from, by CUDA IPC and peer access.
 
 It is the driver's own memory, because PyTorch's allocator exports only what lies in its segments, and importing those opens a
-context on the other GPU. It stays until the process ends, since a peer may copy from it at any time.
+context on the other GPU. It stays until the process ends, since a peer may copy from it at any time. A process that ends
+first waits for the others for a minute; what they have opened stays readable after that on the systems that were tried (driver
+580, H200), though CUDA does not promise it.
 """
 
+import atexit
 import ctypes
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +22,11 @@ from ..launch.topology import topology
 _ALIGNMENT = 256  # of each tensor, in bytes, for kernels that load many values at a time
 _GRANULE = 2**21  # of a region: the driver takes smaller ones from blocks, which it exports as a whole
 _HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+_WAIT_AT_EXIT_S = 60
+
+_held = []  # all regions of this process
 
 
 class DeviceMemory:
@@ -108,9 +118,10 @@ def why_no_copies(device: torch.device) -> str:
     All of them call it together, because each copies a few bytes from each other one.
     """
     place, problem, address, size = topology(), "", [], _ALIGNMENT
+    marks = {rank: position % 256 for position, rank in enumerate(place.node_ranks)}
     try:
         memory = DeviceMemory(device)
-        memory.put([torch.full((size,), place.local_rank, dtype=torch.uint8)])
+        memory.put([torch.full((size,), marks[place.rank], dtype=torch.uint8)])
         address = memory.address()
     except (ImportError, RuntimeError) as error:
         problem = str(error)
@@ -120,11 +131,27 @@ def why_no_copies(device: torch.device) -> str:
             continue
         try:
             found = PeerMemory(other, device).source(0, size).on_host()
-            if set(found.tolist()) != {place.node_ranks.index(rank)}:
+            if set(found.tolist()) != {marks[rank]}:
                 problem = f"rank {place.rank} read other bytes than rank {rank} wrote"
         except RuntimeError as error:
             problem = f"rank {place.rank} cannot copy from the GPU of rank {rank}: {error}"
     return next(filter(None, channel().gather("peer memory read", problem, place.node_ranks)), "")
+
+
+def held_bytes() -> int:
+    """Return the memory of this process's GPU that this module holds, for models that are gone too."""
+    return sum(region.numel() for region in _held)
+
+
+@cache
+def stay_while_read() -> None:
+    """At the end of this process, wait for the other ranks, which may still copy from its GPU, but not for ever."""
+    atexit.register(_meet_at_exit)
+
+
+def _meet_at_exit() -> None:
+    with suppress(Exception):  # such as a store that is gone
+        channel().meet("frozen weights not read any more", _WAIT_AT_EXIT_S)
 
 
 class _Region:
@@ -143,23 +170,36 @@ class _Region:
 def _allocated(nbytes: int, device: torch.device) -> torch.Tensor:
     torch.cuda.empty_cache()  # what PyTorch keeps for later is free then
     with torch.cuda.device(device):
-        error, pointer = _runtime().cudaMalloc(nbytes)
-        if int(error):
-            free, total = torch.cuda.mem_get_info(device)
-            raise torch.OutOfMemoryError(
-                f"{nbytes / 2**30:.2f} GiB of frozen weights do not fit {device}, of which {free / 2**30:.2f} of "
-                f"{total / 2**30:.1f} GiB are free. Use more GPUs, 4-bit weights, or ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=host."
-            )
         _lower_limit_of_pytorch(nbytes, device)
-        return torch.as_tensor(_Region(int(pointer), nbytes), device=device)
+        error, pointer = _runtime().cudaMalloc(nbytes)
+        if int(error) == _OUT_OF_MEMORY:
+            raise _out_of_memory(nbytes, device)
+        _checked((error,))
+        _held.append(torch.as_tensor(_Region(int(pointer), nbytes), device=device))
+        return _held[-1]
 
 
 def _lower_limit_of_pytorch(nbytes: int, device: torch.device) -> None:
     """Let memory that PyTorch does not know count against a limit that was set for it."""
     fraction = torch.cuda.get_per_process_memory_fraction(device)
     if fraction < 1:
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(max(0.0, fraction - nbytes / total), device)
+        left = fraction - nbytes / torch.cuda.mem_get_info(device)[1]
+        if left <= 0:
+            raise _out_of_memory(nbytes, device)
+        torch.cuda.set_per_process_memory_fraction(left, device)
+
+
+def _out_of_memory(nbytes: int, device: torch.device) -> torch.OutOfMemoryError:
+    free, total = torch.cuda.mem_get_info(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    limit = f", and PyTorch's limit leaves {fraction * total / 2**30:.2f}" if fraction < 1 else ""
+    earlier = (
+        f", {held_bytes() / 2**30:.2f} are of frozen weights, also those of models that are gone" if _held else ""
+    )
+    return torch.OutOfMemoryError(
+        f"{nbytes / 2**30:.2f} GiB of frozen weights do not fit {device}: of {total / 2**30:.1f} GiB {free / 2**30:.2f} are "
+        f"free{earlier}{limit}. Use more GPUs, 4-bit weights, or ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=host."
+    )
 
 
 def _handle(region: torch.Tensor) -> str:

@@ -28,20 +28,52 @@ VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
 class Facts:
     """What the choice depends on."""
 
-    layer_bytes: int  # frozen weights of all decoder layers, as loaded
-    layers: int
-    other_bytes: int  # embeddings, head and the rest, which every rank holds
+    layers: tuple[int, ...]  # bytes of the frozen weights of each decoder layer that can be in one place
+    other_bytes: int  # embeddings, head, constants of quantization and the rest, which every rank holds
     local_world_size: int
     host_bytes: int  # memory of this machine, or of the container
-    device_bytes: int | None = None  # memory of the smallest GPU of this process's machine; None on a CPU
+    device_bytes: int | None = None  # memory of the smallest GPU of this machine's processes; None on a CPU
     cannot_share: str = ""  # why the layers cannot be shared, as one clause
     no_peer_copies: str = ""  # why the GPUs cannot copy from one another, as one clause
+
+    @property
+    def layer_bytes(self) -> int:
+        return sum(self.layers)
+
+    @property
+    def model_bytes(self) -> int:
+        return self.layer_bytes + self.other_bytes
+
+    @property
+    def largest_part(self) -> int:
+        """Bytes of the layers of the GPU that holds most."""
+        parts = [0] * self.local_world_size
+        for index, nbytes in enumerate(self.layers):
+            parts[owner(index, self.local_world_size)] += nbytes
+        return max(parts)
 
 
 @dataclass(frozen=True)
 class PlacementChoice:
     mode: str  # "replicated" | "sharded" | "host"
     reason: str  # one clause, shown in the start-up table
+
+
+def owner(layer: int, processes: int) -> int:
+    """
+    Return which of a machine's processes holds a layer: the next one for each layer, one further in each round.
+
+    So no process gets all layers of a kind where every second or fourth layer has experts.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth.weights.placement import owner
+    >>> [owner(layer, 2) for layer in range(6)]
+    [0, 1, 1, 0, 0, 1]
+    ```
+    """
+    return (layer + layer // processes) % processes
 
 
 def resolve(requested: str, facts: Facts) -> PlacementChoice:
@@ -56,7 +88,7 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
 
     ```python
     >>> from accelerate_unsloth.weights.placement import Facts, resolve
-    >>> facts = Facts(layer_bytes=30 * 2**30, layers=32, other_bytes=2**30, local_world_size=4, host_bytes=64 * 2**30)
+    >>> facts = Facts(layers=(2**30,) * 30, other_bytes=2**30, local_world_size=4, host_bytes=64 * 2**30)
     >>> resolve("auto", facts).mode
     'host'
     ```
@@ -66,30 +98,41 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
     impossible = {"host": facts.cannot_share, "sharded": facts.cannot_share or _why_not_sharded(facts)}
     if requested != "auto":
         if why := impossible[requested]:
-            raise ValueError(f"frozen_weights={requested!r} is not possible: {why}. Set {VARIABLE}=replicated.")
+            other = f"{VARIABLE}=host" if not facts.cannot_share else f"{VARIABLE}=replicated"
+            raise ValueError(f"frozen_weights={requested!r} is not possible: {why}. Set {other}.")
         if lacks := _what_lacks(requested, facts, _MOST_OF_DEVICE):
             raise MemoryError(_does_not_fit(lacks))
         return PlacementChoice(requested, f"asked for; {_where(requested, facts)}")
     if why := facts.cannot_share or _why_replicated(facts):
         return PlacementChoice("replicated", why)
-    fractions = {"sharded": _DEVICE_FRACTION, "host": _MOST_OF_DEVICE}
-    lacks = {mode: _what_lacks(mode, facts, most) for mode, most in fractions.items() if not impossible[mode]}
-    for mode, what in lacks.items():
-        if not what:
-            too_large = (
-                f"{_size(facts.layer_bytes + facts.other_bytes)} of weights leave no room on {_device(facts)}; "
-            )
-            return PlacementChoice(mode, (too_large if facts.device_bytes else "") + _where(mode, facts))
-    raise MemoryError(_does_not_fit("; ".join(lacks.values())))
+    return _shared(facts, impossible["sharded"])
+
+
+def _shared(facts: Facts, not_sharded: str) -> PlacementChoice:
+    """Choose among the placements of a model whose copies leave no room."""
+    on_gpu, lacks = facts.device_bytes is not None, []
+    order = [("sharded", _DEVICE_FRACTION), ("host", _MOST_OF_DEVICE), ("sharded", _MOST_OF_DEVICE)]
+    for mode, fraction in order:
+        if mode == "sharded" and not_sharded:
+            continue
+        if what := _what_lacks(mode, facts, fraction):
+            lacks.append(what)
+            continue
+        why = f"{_size(facts.model_bytes)} of weights leave no room on {_size(facts.device_bytes)}; " if on_gpu else ""
+        instead = f" ({facts.no_peer_copies})" if facts.no_peer_copies else ""
+        return PlacementChoice(mode, why + _where(mode, facts) + instead)
+    if on_gpu and facts.model_bytes <= _MOST_OF_DEVICE * facts.device_bytes:
+        return PlacementChoice("replicated", f"{lacks[-1]}, while all weights fit")
+    raise MemoryError(_does_not_fit("; ".join(dict.fromkeys(lacks))))
 
 
 def _why_replicated(facts: Facts) -> str:
-    """Return why each rank gets its own copy, as a clause; empty if copies do not fit."""
-    processes, model_bytes = facts.local_world_size, facts.layer_bytes + facts.other_bytes
+    """Return why each rank gets its own copy, as a clause; empty if copies leave no room."""
+    processes, model_bytes = facts.local_world_size, facts.model_bytes
     if facts.device_bytes is not None:
         fraction = _MOST_OF_DEVICE if _why_not_sharded(facts) else _DEVICE_FRACTION
         fits = model_bytes <= fraction * facts.device_bytes
-        return f"{_size(model_bytes)} of weights fit {_device(facts)}" if fits else ""
+        return f"{_size(model_bytes)} of weights fit {_size(facts.device_bytes)}" if fits else ""
     if processes == 1:
         return "one process on this machine"
     fits = processes * model_bytes <= _HOST_FRACTION * facts.host_bytes
@@ -116,14 +159,14 @@ def _what_lacks(mode: str, facts: Facts, fraction: float) -> str:
             f"{_size(facts.layer_bytes)} of decoder layers once{added} are {_size(facts.layer_bytes + others)}, and the machine "
             f"has {_size(facts.host_bytes)}"
         )
-    part = facts.layer_bytes / processes if mode == "sharded" else 0
-    slots = FETCHED_LAYERS * facts.layer_bytes / max(1, facts.layers)
+    part = facts.largest_part if mode == "sharded" else 0
+    slots = FETCHED_LAYERS * max(facts.layers, default=0)
     needed = part + slots + facts.other_bytes
     if on_gpu and needed > fraction * facts.device_bytes:
         parts = f"{_size(part)} of decoder layers, " if part else ""
         return (
             f"{parts}{_size(slots)} for {FETCHED_LAYERS} layers that are copied and {_size(facts.other_bytes)} of other weights "
-            f"are {_size(needed)} on each GPU, of {_device(facts)}"
+            f"are {_size(needed)} on each GPU, which has {_size(facts.device_bytes)}, {fraction:g} of it for weights"
         )
     return ""
 
@@ -137,13 +180,9 @@ def _does_not_fit(why: str) -> str:
 
 def _where(mode: str, facts: Facts) -> str:
     if mode == "sharded":
-        part = _size(facts.layer_bytes / facts.local_world_size)
-        return f"{part} of decoder layers on each of {facts.local_world_size} GPUs, which copy the others' before they run"
+        count, part = facts.local_world_size, _size(facts.largest_part)
+        return f"at most {part} of decoder layers on each of {count} GPUs, which copy the others' before they run"
     return f"one copy of {_size(facts.layer_bytes)} of decoder layers for all processes of this machine"
-
-
-def _device(facts: Facts) -> str:
-    return _size(facts.device_bytes or 0)
 
 
 def host_bytes() -> int:
@@ -153,11 +192,13 @@ def host_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def device_bytes() -> int:
-    """Return the memory of the smallest GPU that this process sees, or what PyTorch may use of it."""
+def device_bytes(local_world_size: int) -> int:
+    """Return the memory of the smallest GPU of this machine's processes that this one sees, or what PyTorch may use of it."""
     import torch
 
-    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    alone = local_world_size == 1 or torch.cuda.device_count() < local_world_size
+    used = [torch.cuda.current_device()] if alone else range(local_world_size)
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in used]
     return int(min(sizes) * torch.cuda.get_per_process_memory_fraction())
 
 

@@ -135,6 +135,11 @@ def test_layers_that_are_fetched_train_as_replicas_do(
     assert result(fetched)["losses"] == result(replicated)["losses"]
     assert result(fetched)["eval_losses"] == result(replicated)["eval_losses"]
     assert_equal(weights_of(fetched), weights_of(replicated))
+    layers_that_stay = {"host": 0, "sharded": {"deep": 3, "experts": 1}[kind]}[shared]
+    for rank in (0, 1):
+        found = result(fetched, rank)["shared"]
+        assert len(found) == layers_that_stay * 7
+        assert all(found)
     assert_equal(*[load_file(folder / "merged" / "model.safetensors") for folder in (replicated, fetched)])
     trainable = [
         [row for row in result(folder)["decisions"] if row[0] == "trainable"] for folder in (fetched, replicated)

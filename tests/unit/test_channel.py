@@ -89,6 +89,23 @@ def test_a_wait_for_a_rank_that_has_ended_says_who_waits_for_what():
     assert "Rank 0 ended, and rank 1 still waits for it in 'model'" in str(waiting)
 
 
+def test_a_meeting_ends_with_the_last_rank_a_failure_or_the_time(monkeypatch):
+    """A rank that sees the others there has waited for all of them."""
+    there = []
+
+    def meets(channel):
+        there.append(channel.topology.rank)
+        channel.meet("end", 60)
+        return len(there)
+
+    assert on_ranks(3, meets) == [3, 3, 3]
+    left_alone, failing = connect(2)
+    left_alone.meet("end", 0.01)
+    failing.fail("broken")
+    monkeypatch.setattr(channel_module.time, "sleep", lambda pause_s: pytest.fail("it waits for a rank that failed"))
+    left_alone.meet("end", 60)
+
+
 def test_the_first_failure_is_the_one_that_counts():
     first, second = connect(2)
     assert second.fail("mine") == (1, "mine")

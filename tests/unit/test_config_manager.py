@@ -297,7 +297,9 @@ def test_weights_are_shared_where_they_leave_no_room(num_gpus, memory, mode):
 
 
 def test_a_model_that_fits_nowhere_is_rejected():
-    with pytest.raises(ValueError, match=r"70B, .* in 16 bits: The model does not fit this machine: .* of 5\.6 GiB"):
+    with pytest.raises(
+        ValueError, match=r"70B, .* in 16 bits: The model does not fit this machine: .* which has 5\.6 GiB"
+    ):
         manager.get_optimal_config("70B", "6GB", 2, load_in_4bit=False)
 
 

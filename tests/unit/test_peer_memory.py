@@ -1,6 +1,7 @@
 """Memory of one GPU that others copy from, with memory of this process in its place: offsets, and why copies may not work."""
 
 import ctypes
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_rank_that_cannot_allocate_or_open_still_answers_both_calls(gpu, two_r
     assert len(sent) == 2
 
 
-@pytest.mark.parametrize(("limit", "left"), [(1.0, None), (0.5, 0.25), (0.1, 0.0)])
+@pytest.mark.parametrize(("limit", "left"), [(1.0, None), (0.5, 0.25), (0.1, torch.OutOfMemoryError)])
 def test_memory_beside_pytorch_counts_against_its_limit(limit, left, monkeypatch):
     lowered = []
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: limit)
@@ -119,5 +120,34 @@ def test_memory_beside_pytorch_counts_against_its_limit(limit, left, monkeypatch
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: lowered.append(fraction)
     )
-    peer_memory._lower_limit_of_pytorch(100, CPU)
-    assert lowered == ([] if left is None else [left])
+    if left is torch.OutOfMemoryError:
+        with pytest.raises(left, match="do not fit cpu"):
+            peer_memory._lower_limit_of_pytorch(100, CPU)
+    else:
+        peer_memory._lower_limit_of_pytorch(100, CPU)
+    assert lowered == ([left] if isinstance(left, float) else [])
+
+
+@pytest.mark.parametrize(("error", "raised"), [(2, torch.OutOfMemoryError), (35, RuntimeError)])
+def test_only_a_lack_of_memory_is_called_one(error, raised, monkeypatch):
+    class Error(int):
+        name = "cudaErrorOfSomeKind"
+
+    runtime = SimpleNamespace(cudaMalloc=lambda nbytes: (Error(error), None))
+    monkeypatch.setattr(peer_memory, "_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 400))
+    with pytest.raises(raised) as caught:
+        peer_memory._allocated(100, CPU)
+    assert type(caught.value) is raised
+    assert not peer_memory.held_bytes()
+
+
+def test_handles_leave_after_the_bytes_are_complete(gpu, monkeypatch):
+    memory, calls = DeviceMemory(CPU), []
+    memory.put([torch.zeros(3)])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronized"))
+    monkeypatch.setattr(peer_memory, "_handle", lambda region: calls.append("handle"))
+    memory.address()
+    assert calls == ["synchronized", "handle"]

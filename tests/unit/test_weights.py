@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 from accelerate_unsloth.reliability import agreement
-from accelerate_unsloth.weights import PlacedWeights, SharedTensor, attach, placement
+from accelerate_unsloth.weights import PlacedWeights, SharedTensor, attach, loading, placement
 from accelerate_unsloth.weights.decoder import find_layers
 from accelerate_unsloth.weights.layout import Piece, as_bytes, from_bytes
 from accelerate_unsloth.weights.loading import _facts, _why_not_shared
@@ -17,7 +17,7 @@ from accelerate_unsloth.weights.placement import Facts, resolve
 from accelerate_unsloth.weights.shared_memory import SharedMemory, mapped
 
 GIB = 2**30
-FACTS = Facts(layer_bytes=30 * GIB, layers=30, other_bytes=2 * GIB, local_world_size=2, host_bytes=128 * GIB)
+FACTS = Facts(layers=(GIB,) * 30, other_bytes=2 * GIB, local_world_size=2, host_bytes=128 * GIB)
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8, "num_hidden_layers": 2}
 
 
@@ -51,7 +51,7 @@ ON_CPU = r"30\.0 GiB of decoder layers once and 2 x 2\.0 GiB of other weights ar
 SHARDED = (
     r"15\.0 GiB of decoder layers, 3\.0 GiB for 3 layers that are copied and 2\.0 GiB of other weights are 20\.0 GiB"
 )
-FROM_HOST = r"machine: 3\.0 GiB for 3 layers that are copied and 2\.0 GiB of other weights are 5\.0 GiB on each GPU, of 4\.0 GiB"
+FROM_HOST = r"machine: 3\.0 GiB for 3 layers that are copied and 2\.0 GiB of other weights are 5\.0 GiB on each GPU, which has 4\.0 GiB, 0\.9"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,11 @@ FROM_HOST = r"machine: 3\.0 GiB for 3 layers that are copied and 2\.0 GiB of oth
         ("host", replace(FACTS, host_bytes=33 * GIB), ON_CPU),
         ("sharded", replace(FACTS, device_bytes=22 * GIB), SHARDED),
         ("host", replace(FACTS, device_bytes=4 * GIB), FROM_HOST),
-        ("auto", replace(FACTS, device_bytes=22 * GIB, host_bytes=29 * GIB), SHARDED),
+        (
+            "auto",
+            replace(FACTS, device_bytes=22 * GIB, host_bytes=29 * GIB),
+            rf"{SHARDED}.* 0\.75 of .*{SHARDED}.* 0\.9",
+        ),
         (
             "auto",
             replace(FACTS, device_bytes=22 * GIB, host_bytes=29 * GIB),
@@ -180,12 +184,57 @@ def test_layers_are_not_shared_where_they_are_spread_or_of_an_unknown_kind():
     assert "of the type Int8Params" in _why_not_shared(model, layers, None, None)
 
 
+def test_the_largest_part_and_the_largest_layer_count():
+    """Every second layer has experts."""
+    facts = Facts((GIB, 9 * GIB) * 4, GIB, 2, 128 * GIB, device_bytes=50 * GIB)
+    assert facts.largest_part == 20 * GIB
+    message = (
+        r"20\.0 GiB of decoder layers, 27\.0 GiB for 3 layers .* are 48\.0 GiB on each GPU, which has 50\.0 GiB, 0\.9"
+    )
+    with pytest.raises(MemoryError, match=message):
+        resolve("sharded", facts)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8])
+def test_each_layer_has_one_owner_and_kinds_that_alternate_are_spread(processes):
+    owners = [placement.owner(layer, processes) for layer in range(16 * processes)]
+    for kind in (slice(None), slice(0, None, 2), slice(1, None, 2)):
+        counts = [owners[kind].count(process) for process in range(processes)]
+        assert max(counts) - min(counts) <= 2
+
+
+@pytest.mark.parametrize("keeps_own", [False, True])
+def test_processes_that_see_one_gpu_each_share_the_layers_too(keeps_own, monkeypatch):
+    """Some launchers give all of them the local rank 0."""
+    loaded = []
+    for rank in (4, 5, 6):
+        place = SimpleNamespace(rank=rank, local_rank=0, local_world_size=3, node_ranks=(4, 5, 6))
+        monkeypatch.setattr(loading, "topology", lambda place=place: place)
+        loaded += loading._own_layers(10, keeps_own)
+    assert sorted(loaded) == [*range(10)]
+    assert not keeps_own or loaded == sorted(loaded, key=lambda layer: (placement.owner(layer, 3), layer))
+
+
+@pytest.mark.parametrize(("requested", "found"), [("auto", "host"), ("sharded", ValueError)])
+def test_gpus_that_cannot_copy_from_one_another_are_found_before_loading(requested, found, monkeypatch):
+    facts = replace(FACTS, device_bytes=28 * GIB)
+    monkeypatch.setattr(loading, "why_no_copies", lambda device: "rank 1 cannot copy from the GPU of rank 0")
+    if found is ValueError:
+        with pytest.raises(ValueError, match=r"rank 1 cannot copy .*FROZEN_WEIGHTS=host"):
+            loading._resolve(requested, facts, "cuda:0")
+    else:
+        choice = loading._resolve(requested, facts, "cuda:0")
+        assert choice.mode == found
+        assert "(rank 1 cannot copy from the GPU of rank 0)" in choice.reason
+    assert loading._resolve("replicated", facts, "cuda:0").mode == "replicated"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tied_embedding_counts_once(tied):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
     other = _facts(model, find_layers(model), "cpu", "").other_bytes
-    assert other == 4 * (8 * 8 * (1 if tied else 2) + 8)
+    assert other == 4 * (8 * 8 * (1 if tied else 2) + 8 + 2 * 2 * 8)  # with all norms
 
 
 # ---- The comparison of ranks ----

@@ -109,13 +109,21 @@ def main(model_folder: str, data_file: str, out: str, options: dict) -> None:
         "wrapper": type(trainer.model_wrapped).__name__,
         "log_history": trainer.state.log_history,
         "decisions": trainer.decisions(),
-        "shared": [tensor.parameter.data_ptr() == tensor.stored.data_ptr() for tensor in placed_weights(model).shared]
-        if not options.get("fetch")
-        else [],
+        "shared": shared_memory_used(placed_weights(model)),
     }
     (out / f"result{rank}.json").write_text(json.dumps(seen))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"weights{rank}.safetensors")
+
+
+def shared_memory_used(placed) -> list[bool]:
+    """Whether each shared weight that is there all the time is in the shared memory itself: of `sharded` those of this rank."""
+    stays = placed.shared
+    if placed.fetcher is not None:
+        away = {id(t.parameter) for layer in placed.fetcher.layers if not layer.stays for t in layer.tensors}
+        stays = [tensor for tensor in placed.shared if id(tensor.parameter) not in away]
+        assert placed.choice.mode == "host" or all(tensor.is_own for tensor in stays)
+    return [tensor.parameter.data_ptr() == tensor.stored.data_ptr() for tensor in stays]
 
 
 def fetch_layers() -> None:
