@@ -154,6 +154,12 @@ def _meet_at_exit() -> None:
         channel().meet("frozen weights not read any more", _WAIT_AT_EXIT_S)
 
 
+class _CudaError(RuntimeError):
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
 class _Region:
     """Memory as `torch.as_tensor` takes it. https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html"""
 
@@ -171,10 +177,10 @@ def _allocated(nbytes: int, device: torch.device) -> torch.Tensor:
     torch.cuda.empty_cache()  # what PyTorch keeps for later is free then
     with torch.cuda.device(device):
         _lower_limit_of_pytorch(nbytes, device)
-        error, pointer = _runtime().cudaMalloc(nbytes)
-        if int(error) == _OUT_OF_MEMORY:
-            raise _out_of_memory(nbytes, device)
-        _checked((error,))
+        try:
+            pointer = _checked(_runtime().cudaMalloc(nbytes))
+        except _CudaError as error:
+            raise _out_of_memory(nbytes, device) if error.number == _OUT_OF_MEMORY else error from None
         _held.append(torch.as_tensor(_Region(int(pointer), nbytes), device=device))
         return _held[-1]
 
@@ -228,7 +234,8 @@ def _checked(result: tuple) -> Any:
     """Return the value of a call of CUDA's runtime, whose first result is its error."""
     error, *values = result
     if int(error):
-        raise RuntimeError(f"CUDA error {int(error)} ({error.name})")
+        _runtime().cudaGetLastError()  # or PyTorch would take it for that of its next kernel
+        raise _CudaError(f"CUDA error {int(error)} ({error.name})", int(error))
     return values[0] if values else None
 
 

@@ -133,14 +133,18 @@ def test_only_a_lack_of_memory_is_called_one(error, raised, monkeypatch):
     class Error(int):
         name = "cudaErrorOfSomeKind"
 
-    runtime = SimpleNamespace(cudaMalloc=lambda nbytes: (Error(error), None))
+    asked = []
+    runtime = SimpleNamespace(
+        cudaMalloc=lambda nbytes: (Error(error), None), cudaGetLastError=lambda: asked.append("forgotten")
+    )
     monkeypatch.setattr(peer_memory, "_runtime", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 400))
     with pytest.raises(raised) as caught:
         peer_memory._allocated(100, CPU)
-    assert type(caught.value) is raised
+    assert isinstance(caught.value, torch.OutOfMemoryError) == (raised is torch.OutOfMemoryError)
+    assert asked == ["forgotten"]
     assert not peer_memory.held_bytes()
 
 
