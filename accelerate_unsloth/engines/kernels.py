@@ -16,14 +16,20 @@ _DISPATCH = "unsloth.utils.attention_dispatch"
 _RUNS_VARLEN = "Unsloth runs rows of uneven length through PyTorch's varlen attention"
 
 
-def describe(engine: str) -> dict:
-    """Return the fields of `policies.attention.Facts` that do not depend on the data."""
+def describe(engine: str, padded: bool = False) -> dict:
+    """
+    Return the fields of `policies.attention.Facts` that do not depend on the data.
+
+    Rows that are `padded` run through PyTorch's SDPA in one call, and never through varlen attention.
+    """
     runs_segments, other = sdpa_runs_segments(engine)
+    if padded and other == _RUNS_VARLEN:
+        runs_segments, other = True, ""
     return {
         "sdpa_runs_segments": runs_segments,
         "other": other,
         "prefers_cudnn": runs_segments and prefers_cudnn(),
-        "has_varlen": runs_segments and spare_varlen() is not None,
+        "has_varlen": runs_segments and not padded and spare_varlen() is not None,
         "runs_varlen": other == _RUNS_VARLEN,
     }
 

@@ -24,7 +24,7 @@ _KERNELS = ("cudnn", "flash", "efficient")
 class Facts:
     """What the choice depends on. `engines.kernels.describe` gives all but the lengths."""
 
-    sdpa_runs_segments: bool  # whether rows without padding go through PyTorch's SDPA one by one
+    sdpa_runs_segments: bool  # whether rows go through PyTorch's SDPA: one by one, or padded ones together
     other: str  # what runs them otherwise, for the reason
     prefers_cudnn: bool  # whether PyTorch would use cuDNN on this GPU
     lengths: int  # number of different lengths in the data; 0 if not known

@@ -68,8 +68,8 @@ class LossAdapter:
     @property
     def padded(self) -> bool:
         """Whether rows of a micro-batch are padded to its longest."""
-        trainer = self.trainer
-        return not (getattr(trainer, "padding_free", False) or getattr(trainer.args, "padding_free", False))
+        owners = (self.trainer, self.trainer.args, getattr(self.trainer, "data_collator", None))
+        return not any(getattr(owner, "padding_free", False) for owner in owners)
 
     def length(self, sample: int) -> int:
         """Return the tokens of one sample of the training data, for messages."""

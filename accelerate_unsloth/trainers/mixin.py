@@ -197,7 +197,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
 
     def _resolve_attention(self) -> None:
         """Choose the attention kernel, for the time of the training."""
-        found = kernels.describe(choice.name)
+        found = kernels.describe(choice.name, self.adapter.padded)
         different = count_different(self.train_dataset, self._train_lengths) if found["sdpa_runs_segments"] else 0
         self.attention = attention.resolve(self.plugin.attention, attention.Facts(lengths=different, **found))
         self._undo_after_training.enter_context(attention.applied(self.attention))

@@ -1,6 +1,8 @@
 """The choice of the engine and of the GPU, and the reference engine on a tiny model."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,21 @@ from accelerate_unsloth.engines.checks import check_device_map, check_model_name
 from accelerate_unsloth.engines.variables import check_unsloth_modes
 from accelerate_unsloth.launch import process
 from accelerate_unsloth.launch.topology import Topology
+from accelerate_unsloth.policies import attention
+
+
+@pytest.mark.parametrize(
+    ("padded", "by_itself", "backend"),
+    [(False, False, "varlen"), (False, True, "unchanged"), (True, False, "flash"), (True, True, "flash")],
+)
+def test_padded_rows_never_count_as_varlen(padded, by_itself, backend, monkeypatch):
+    """`by_itself`: whether Unsloth runs rows without padding through PyTorch's varlen attention."""
+    dispatch = SimpleNamespace(_TORCH_VARLEN_ATTN=len if by_itself else None)
+    monkeypatch.setitem(sys.modules, "unsloth.utils.attention_dispatch", dispatch)
+    monkeypatch.setattr(kernels, "spare_varlen", lambda: None if by_itself else len)
+    monkeypatch.setattr(kernels, "prefers_cudnn", lambda: True)
+    found = kernels.describe("unsloth", padded)
+    assert attention.resolve("auto", attention.Facts(lengths=1500, **found)).backend == backend
 
 
 @pytest.mark.parametrize(
