@@ -58,6 +58,8 @@ def test_shared_weights_and_recomputation_change_nothing_but_the_memory(name, ou
         suite.notes.append(
             f"{name}: weights and adapters {other['weights_mib']:.0f} MiB, replicated {plain['weights_mib']:.0f}"
         )
+        # Rounding lets some tokens differ; other weights would choose among 49,152.
+        assert other["decoded_alike"] is None or other["decoded_alike"] > 0.6
         if "16bit" in name:  # those in 4 bits are smaller than what PyTorch allocates at once
             assert other["weights_mib"] < plain["weights_mib"]
     else:

@@ -75,7 +75,7 @@ def one_launch(run):
             trained("first"),
             broken("failing", [0, 1]),
             trained("again"),
-            trained("shared", frozen_weights="host"),
+            trained("shared", frozen_weights="host", decode=True),
             trained("partly", recompute_first=1),
             entry("frozen", "tests.gpu.cases.training:change_a_frozen_weight"),
         ]
@@ -98,7 +98,7 @@ def test_a_case_leaves_the_next_one_nothing(one_launch):
 
 @pytest.mark.parametrize(
     ("name", "different"),
-    [("shared", {"frozen_weights": "host"}), ("partly", {"checkpointing": "1 of 2 layers"})],
+    [("shared", {"frozen_weights": "host", "decoded_alike": 1.0}), ("partly", {"checkpointing": "1 of 2 layers"})],
 )
 def test_shared_weights_and_partial_recomputation_change_no_loss(one_launch, name, different):
     first, other = (one_launch[0][case][0]["value"] for case in ("first", name))

@@ -44,8 +44,8 @@ _IN_4BIT, _FROM_HOST, _SHARDED = (
 )
 _RECOMPUTES = {"plugin": {"gradient_checkpointing": "unsloth"}}
 VARIANTS = {
-    "host-16bit": _FROM_HOST,
-    "sharded-16bit": _SHARDED | {"evaluate": True, "save": True},
+    "host-16bit": _FROM_HOST | {"decode": True},
+    "sharded-16bit": _SHARDED | {"evaluate": True, "save": True, "decode": True},
     "sharded-recomputes-4bit": _SHARDED | _IN_4BIT | _RECOMPUTES,
     "partly-recomputes-16bit": {"recompute_first": 10},
 }

@@ -101,6 +101,7 @@ def fine_tune(
     plugin=None,
     evaluate=False,
     save=False,
+    decode=False,
     measure=False,
     resume=None,
     fill_memory_of_rank=None,
@@ -114,6 +115,7 @@ def fine_tune(
     Args:
         evaluate (`bool`): Whether to evaluate before and after, which is returned as `eval_losses`.
         save (`bool`): Whether to write the adapter, and the merged model, into the case's folder.
+        decode (`bool`): Whether to generate text at the end, and to compare it with a forward of all of it.
         measure (`bool`): Whether rank 0 writes how each trainable weight changed, to `change.safetensors`.
         resume (`str`): A checkpoint, below the folder of all launches.
         fill_memory_of_rank (`int`): A rank that runs short of GPU memory in the middle.
@@ -143,10 +145,26 @@ def fine_tune(
     if save:
         trainer.save_model(str(case.out / "adapter"))
         model.save_pretrained_merged(str(case.out / "merged"), tokenizer, save_method="merged_16bit")
+    decoded = decoded_alike(model) if decode else None
     devices = sorted({str(p.device) for p in model.parameters()})
     held = processes_by_gpu() if case.on_gpu else []
     seen = {"eval_losses": eval_losses, "devices": devices, "processes_by_gpu": held, "weights_mib": weights_mib}
+    seen["decoded_alike"] = decoded
     return describe(trainer) | seen
+
+
+@torch.no_grad()
+def decoded_alike(model, prompt_tokens: int = 32, new_tokens: int = 24) -> float:
+    """Part of the tokens, generated one by one, that a forward of all of them would choose too."""
+    accelerate_unsloth.FastLanguageModel.for_inference(model)
+    ids = 10 + torch.arange(prompt_tokens, device=model.device)[None] % 200
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length
+    )
+    chosen = model(input_ids=output).logits[0, prompt_tokens - 1 : -1].argmax(-1)
+    accelerate_unsloth.FastLanguageModel.for_training(model)
+    return (chosen == output[0, prompt_tokens:]).float().mean().item()
 
 
 def allocated_mib(case) -> float:
