@@ -22,9 +22,10 @@ from . import PlacedWeights, attach, placement
 from .attaching import Attachment, Found, Store, move
 from .checkpoint import LayeredCheckpoint
 from .copying import pin
+from .cuda_ipc import held_bytes
 from .decoder import DecoderLayer, find_layers
 from .layout import Piece, as_bytes, from_bytes
-from .peer_memory import DeviceMemory, PeerMemory, held_bytes, stay_while_read, why_no_copies
+from .peer_memory import DeviceMemory, PeerMemory, stay_while_read, why_no_copies
 from .shared_memory import SharedMemory, mapped
 
 

@@ -8,7 +8,6 @@ first waits for the others for a minute; what they have opened stays readable af
 """
 
 import atexit
-import ctypes
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,15 +17,11 @@ import torch
 
 from ..launch.channel import channel
 from ..launch.topology import topology
+from . import cuda_ipc
 
 _ALIGNMENT = 256  # of each tensor, in bytes, for kernels that load many values at a time
 _GRANULE = 2**21  # of a region: the driver takes smaller ones from blocks, which it exports as a whole
-_HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
-_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-
 _WAIT_AT_EXIT_S = 60
-
-_held = []  # all regions of this process
 
 
 class DeviceMemory:
@@ -51,7 +46,7 @@ class DeviceMemory:
         """
         sizes = [_rounded_up(tensor.numel() * tensor.element_size()) for tensor in tensors]
         begins = [sum(sizes[:index]) for index in range(len(sizes))]
-        region = _allocated(_rounded_up(sum(sizes), _GRANULE), self._device)
+        region = cuda_ipc.allocated(_rounded_up(sum(sizes), _GRANULE), self._device)
         for begin, tensor in zip(begins, tensors, strict=True):
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # floats might change NaN patterns
             region[begin : begin + flat.numel()].copy_(flat)
@@ -62,7 +57,7 @@ class DeviceMemory:
     def address(self) -> list[list[Any]]:
         """Return what another process of this node needs to copy from it, once all writes have ended."""
         torch.cuda.synchronize(self._device)
-        return [[begin, region.numel(), _handle(region)] for begin, region in self._regions.items()]
+        return [[begin, region.numel(), cuda_ipc.handle_of(region)] for begin, region in self._regions.items()]
 
     def view(self, begin: int, end: int) -> torch.Tensor:
         """Return bytes of one region, of shape `(end - begin,)`."""
@@ -84,7 +79,7 @@ class PeerMemory:
 
     def __init__(self, address: list[list[Any]], device: torch.device):
         self._device = device
-        self._pointers = {begin: _opened(handle, device) for begin, _, handle in address}
+        self._pointers = {begin: cuda_ipc.opened(handle, device) for begin, _, handle in address}
 
     def source(self, begin: int, end: int) -> "PeerSource":
         """Return bytes of one region."""
@@ -101,9 +96,7 @@ class PeerSource:
     device: torch.device  # of this process
 
     def copy_to(self, target: torch.Tensor) -> None:
-        runtime, stream = _runtime(), torch.cuda.current_stream(target.device).cuda_stream
-        kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
-        _checked(runtime.cudaMemcpyAsync(target.data_ptr(), self.pointer, self.nbytes, kind, stream))
+        cuda_ipc.copy(self.pointer, self.nbytes, target)
 
     def on_host(self) -> torch.Tensor:
         target = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
@@ -138,11 +131,6 @@ def why_no_copies(device: torch.device) -> str:
     return next(filter(None, channel().gather("peer memory read", problem, place.node_ranks)), "")
 
 
-def held_bytes() -> int:
-    """Return the memory of this process's GPU that this module holds, for models that are gone too."""
-    return sum(region.numel() for region in _held)
-
-
 @cache
 def stay_while_read() -> None:
     """At the end of this process, wait for the other ranks, which may still copy from its GPU, but not for ever."""
@@ -152,91 +140,6 @@ def stay_while_read() -> None:
 def _meet_at_exit() -> None:
     with suppress(Exception):  # such as a store that is gone
         channel().meet("frozen weights not read any more", _WAIT_AT_EXIT_S)
-
-
-class _CudaError(RuntimeError):
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.number = number
-
-
-class _Region:
-    """Memory as `torch.as_tensor` takes it. https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html"""
-
-    def __init__(self, pointer: int, nbytes: int):
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (pointer, False),
-            "strides": None,
-            "version": 3,
-        }
-
-
-def _allocated(nbytes: int, device: torch.device) -> torch.Tensor:
-    torch.cuda.empty_cache()  # what PyTorch keeps for later is free then
-    with torch.cuda.device(device):
-        _lower_limit_of_pytorch(nbytes, device)
-        try:
-            pointer = _checked(_runtime().cudaMalloc(nbytes))
-        except _CudaError as error:
-            raise _out_of_memory(nbytes, device) if error.number == _OUT_OF_MEMORY else error from None
-        _held.append(torch.as_tensor(_Region(int(pointer), nbytes), device=device))
-        return _held[-1]
-
-
-def _lower_limit_of_pytorch(nbytes: int, device: torch.device) -> None:
-    """Let memory that PyTorch does not know count against a limit that was set for it."""
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
-    if fraction < 1:
-        left = fraction - nbytes / torch.cuda.mem_get_info(device)[1]
-        if left <= 0:
-            raise _out_of_memory(nbytes, device)
-        torch.cuda.set_per_process_memory_fraction(left, device)
-
-
-def _out_of_memory(nbytes: int, device: torch.device) -> torch.OutOfMemoryError:
-    free, total = torch.cuda.mem_get_info(device)
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
-    limit = f", and PyTorch's limit leaves {fraction * total / 2**30:.2f}" if fraction < 1 else ""
-    earlier = (
-        f", {held_bytes() / 2**30:.2f} are of frozen weights, also those of models that are gone" if _held else ""
-    )
-    return torch.OutOfMemoryError(
-        f"{nbytes / 2**30:.2f} GiB of frozen weights do not fit {device}: of {total / 2**30:.1f} GiB {free / 2**30:.2f} are "
-        f"free{earlier}{limit}. Use more GPUs, 4-bit weights, or ACCELERATE_UNSLOTH_FROZEN_WEIGHTS=host."
-    )
-
-
-def _handle(region: torch.Tensor) -> str:
-    handle = _checked(_runtime().cudaIpcGetMemHandle(region.data_ptr()))
-    return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex()
-
-
-def _opened(handle: str, device: torch.device) -> int:
-    runtime = _runtime()
-    received = runtime.cudaIpcMemHandle_t()
-    # cuda-bindings 13.3 has the bytes as an attribute, 13.5 does not.
-    ctypes.memmove(received.getPtr(), bytes.fromhex(handle), _HANDLE_BYTES)
-    with torch.cuda.device(device):  # peer access is of the current GPU
-        return int(_checked(runtime.cudaIpcOpenMemHandle(received, runtime.cudaIpcMemLazyEnablePeerAccess)))
-
-
-def _runtime():
-    try:
-        from cuda.bindings import runtime
-    except ImportError as error:  # torch has it since 2.10
-        raise ImportError(f"the package cuda-bindings is missing ({error})") from error
-    return runtime
-
-
-def _checked(result: tuple) -> Any:
-    """Return the value of a call of CUDA's runtime, whose first result is its error."""
-    error, *values = result
-    if int(error):
-        _runtime().cudaGetLastError()  # or PyTorch would take it for that of its next kernel
-        raise _CudaError(f"CUDA error {int(error)} ({error.name})", int(error))
-    return values[0] if values else None
 
 
 def _rounded_up(nbytes: int, multiple: int = _ALIGNMENT) -> int:

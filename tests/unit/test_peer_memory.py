@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from accelerate_unsloth.weights import peer_memory
-from accelerate_unsloth.weights.peer_memory import DeviceMemory, PeerMemory, PeerSource, why_no_copies
+from accelerate_unsloth.weights import cuda_ipc, peer_memory
+from accelerate_unsloth.weights.peer_memory import DeviceMemory, PeerMemory, why_no_copies
 
 CPU = torch.device("cpu")
 
@@ -22,14 +22,14 @@ def gpu(monkeypatch):
         regions.append(torch.full((nbytes,), 255, dtype=torch.uint8))
         return regions[-1]
 
-    def copy_to(source, target):
-        ctypes.memmove(target.data_ptr(), source.pointer, source.nbytes)
+    def copy(pointer, nbytes, target):
+        ctypes.memmove(target.data_ptr(), pointer, nbytes)
 
-    monkeypatch.setattr(peer_memory, "_allocated", allocated)
-    monkeypatch.setattr(peer_memory, "_handle", lambda region: hex(region.data_ptr()))
-    monkeypatch.setattr(peer_memory, "_opened", lambda handle, device: int(handle, 16))
+    monkeypatch.setattr(cuda_ipc, "allocated", allocated)
+    monkeypatch.setattr(cuda_ipc, "handle_of", lambda region: hex(region.data_ptr()))
+    monkeypatch.setattr(cuda_ipc, "opened", lambda handle, device: int(handle, 16))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(PeerSource, "copy_to", copy_to)
+    monkeypatch.setattr(cuda_ipc, "copy", copy)
     return regions
 
 
@@ -103,11 +103,11 @@ def test_a_rank_that_cannot_allocate_or_open_still_answers_both_calls(gpu, two_r
 
     _, address = address_of_rank_1(1)
     sent = two_ranks(address, "")
-    monkeypatch.setattr(peer_memory, "_opened", fails)
+    monkeypatch.setattr(cuda_ipc, "opened", fails)
     assert "rank 0 cannot copy from the GPU of rank 1: CUDA error 217" in why_no_copies(CPU)
     assert len(sent) == 2
     sent = two_ranks(address, "")
-    monkeypatch.setattr(peer_memory, "_allocated", fails)
+    monkeypatch.setattr(cuda_ipc, "allocated", fails)
     assert "CUDA error 217" in why_no_copies(CPU)
     assert len(sent) == 2
 
@@ -122,9 +122,9 @@ def test_memory_beside_pytorch_counts_against_its_limit(limit, left, monkeypatch
     )
     if left is torch.OutOfMemoryError:
         with pytest.raises(left, match="do not fit cpu"):
-            peer_memory._lower_limit_of_pytorch(100, CPU)
+            cuda_ipc._lower_limit_of_pytorch(100, CPU)
     else:
-        peer_memory._lower_limit_of_pytorch(100, CPU)
+        cuda_ipc._lower_limit_of_pytorch(100, CPU)
     assert lowered == ([left] if isinstance(left, float) else [])
 
 
@@ -137,21 +137,21 @@ def test_only_a_lack_of_memory_is_called_one(error, raised, monkeypatch):
     runtime = SimpleNamespace(
         cudaMalloc=lambda nbytes: (Error(error), None), cudaGetLastError=lambda: asked.append("forgotten")
     )
-    monkeypatch.setattr(peer_memory, "_runtime", lambda: runtime)
+    monkeypatch.setattr(cuda_ipc, "_runtime", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 400))
     with pytest.raises(raised) as caught:
-        peer_memory._allocated(100, CPU)
+        cuda_ipc.allocated(100, CPU)
     assert isinstance(caught.value, torch.OutOfMemoryError) == (raised is torch.OutOfMemoryError)
     assert asked == ["forgotten"]
-    assert not peer_memory.held_bytes()
+    assert not cuda_ipc.held_bytes()
 
 
 def test_handles_leave_after_the_bytes_are_complete(gpu, monkeypatch):
     memory, calls = DeviceMemory(CPU), []
     memory.put([torch.zeros(3)])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronized"))
-    monkeypatch.setattr(peer_memory, "_handle", lambda region: calls.append("handle"))
+    monkeypatch.setattr(cuda_ipc, "handle_of", lambda region: calls.append("handle"))
     memory.address()
     assert calls == ["synchronized", "handle"]
