@@ -1,5 +1,6 @@
 """
-Write a Llama with random weights as a checkpoint in 4 bits, layer by layer, so that no more than a layer is in memory.
+Write a Llama with random weights as a checkpoint in 4 bits, layer by layer, so that no more than a layer, or the embeddings with the head, is
+in memory.
 
     python benchmarks/make_4bit_model.py 70b FOLDER      Llama-3.3-70B dims: 37 GB, for `benchmarks/placements.py`
 
@@ -34,6 +35,7 @@ SPREAD = 0.02
 
 
 def make(size: str, folder: Path) -> None:
+    """Write config, tokenizer and one file for each layer into a folder."""
     hidden, intermediate, layers, heads, shared_heads, words = SIZES[size]
     config = LlamaConfig(
         hidden_size=hidden,

@@ -54,7 +54,7 @@ def used_gib() -> float:
     return (total - free) / GIB
 
 
-def measure(case: str, options, callbacks=()) -> dict:
+def measure(case: str, options) -> dict:
     parts = case.split(":")
     placement, bits, checkpointing, gib = parts + ["auto", "0"][len(parts) - 2 :]
     if float(gib):
@@ -88,7 +88,7 @@ def measure(case: str, options, callbacks=()) -> dict:
         train_dataset=datasets.Dataset.from_json(options.data),
         processing_class=tokenizer,
         plugin=UnslothPlugin(gradient_checkpointing=checkpointing),
-        callbacks=[clock, *callbacks],
+        callbacks=[clock],
     )
     torch.cuda.reset_peak_memory_stats()
     trainer.train()

@@ -10,6 +10,9 @@ from ..plugin import UnslothPlugin
 from ..policies.plan import Facts, StepPlan, plan
 from ..weights import placement
 
+# What a placement needs that is not known before a launch.
+_IF = {"replicated": "", "sharded": ", if they can", "host": ", if it has the memory"}
+
 # The Trainer's default batch per device, for the time of a step. What fits does not depend on it.
 _SAMPLES_PER_STEP = 8
 
@@ -82,7 +85,7 @@ class Workload:
             f"layers, optim={self.optim!r}",
             "activations": f"{handled}, for steps of {_SAMPLES_PER_STEP} full samples per process: {choice.reason}",
             "micro-batches": f"{split}; the samples of a step stay the script's",
-            "frozen weights": f"{self.placed.mode}: {self.placed.reason}",
+            "frozen weights": f"{self.placed.mode}: {self.placed.reason}{_IF[self.placed.mode]}",
             **({"experts": EXPERTS_NOTE} if self.shape.has_experts else {}),
         }
 

@@ -31,6 +31,7 @@ def describe(engine: str, padded: bool = False) -> dict:
         "prefers_cudnn": runs_segments and prefers_cudnn(),
         "has_varlen": runs_segments and not padded and spare_varlen() is not None,
         "runs_varlen": other == _RUNS_VARLEN,
+        "padded": padded,
     }
 
 

@@ -31,7 +31,9 @@ def check_fork(visible_gpus: int) -> None:
 
 def forbid_launch(engine: str) -> None:
     """
-    Let `accelerate.notebook_launcher` raise an error for several processes, if this is a notebook's kernel with an `engine`.
+    Let `accelerate.notebook_launcher` raise an error for several processes, if this is a notebook's kernel.
+
+    The error names `engine`, which is loaded.
 
     Otherwise accelerate finds bitsandbytes only, and does not tell that the kernel has to be restarted (accelerate 1.15,
     `launchers.py`).

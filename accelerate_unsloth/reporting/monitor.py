@@ -72,7 +72,11 @@ class Monitor(TrainerCallback):
         return self._since_log.wall_s
 
     def read(self, step: int) -> list[RankReading]:
-        """Return what every rank did since the last call, in rank order, up to a step. All ranks call this together."""
+        """
+        Return what every rank did since the last call, in rank order; all ranks call this together.
+
+        `step` is the number of optimizer steps that are done.
+        """
         reading, self._since_log = self._since_log, RankReading()
         self._add_memory(reading)
         ranks = self._exchange(reading)

@@ -323,7 +323,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
             say(message)
 
     def floating_point_ops(self, inputs):
-        """Operations of all micro-batches of a micro-step, as the Trainer estimates them, which counts parameters each time."""
+        """Return the operations of a micro-step, by one estimate of the Trainer, which would count all parameters each time."""
         name = getattr(self.model, "main_input_name", "input_ids")
         if self._flops_per_value is None:
             self._flops_per_value = super().floating_point_ops({name: torch.empty(1)})

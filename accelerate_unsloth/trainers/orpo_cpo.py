@@ -117,7 +117,23 @@ class CPOTrainer(_OddsMixin, *engine_bases(cpo.CPOTrainer)):
     """
     `trl.experimental.cpo.CPOTrainer` that gives the same loss curve on one process and on N. TRL may still change it.
 
-    Its arguments are TRL's and `plugin`, and its data and errors those of [`ORPOTrainer`].
+    Args:
+        args (`Any`), kwargs (`Any`):
+            As for TRL's.
+        plugin ([`UnslothPlugin`], *optional*):
+            Options; by default those of the environment.
+
+    Raises:
+        ValueError: for data without samples or without `chosen` and `rejected`, prompts that fill `max_length`, or ranks that
+            were set up differently.
+
+    Example:
+
+    ```python
+    >>> from accelerate_unsloth import CPOConfig, CPOTrainer
+    >>> trainer = CPOTrainer(model, CPOConfig("out"), train_dataset=pairs, processing_class=tokenizer)
+    >>> trainer.train()
+    ```
     """
 
     nll_over_prompts = False

@@ -108,7 +108,7 @@ def why_no_copies(device: torch.device) -> str:
     """
     Return why not all processes of this node can copy from one another's GPU, as a clause; empty if they can.
 
-    All of them call it together, because each copies a few bytes from each other one.
+    All of them call it together, because each copies a few bytes from every other GPU.
     """
     place, problem, address, size = topology(), "", [], _ALIGNMENT
     marks = {rank: position % 256 for position, rank in enumerate(place.node_ranks)}

@@ -26,7 +26,11 @@ def test_padded_rows_never_count_as_varlen(padded, by_itself, backend, monkeypat
     monkeypatch.setattr(kernels, "spare_varlen", lambda: None if by_itself else len)
     monkeypatch.setattr(kernels, "prefers_cudnn", lambda: True)
     found = kernels.describe("unsloth", padded)
-    assert attention.resolve("auto", attention.Facts(lengths=1500, **found)).backend == backend
+    facts = attention.Facts(lengths=1500, **found)
+    assert attention.resolve("auto", facts).backend == backend
+    if padded:
+        with pytest.raises(ValueError, match="padded rows run through SDPA in one call"):
+            attention.resolve("varlen", facts)
 
 
 @pytest.mark.parametrize(
