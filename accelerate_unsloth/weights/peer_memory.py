@@ -57,7 +57,7 @@ class DeviceMemory:
     def address(self) -> list[list[Any]]:
         """Return what another process of this node needs to copy from it, once all writes have ended."""
         torch.cuda.synchronize(self._device)
-        return [[begin, region.numel(), cuda_ipc.handle_of(region)] for begin, region in self._regions.items()]
+        return [[begin, cuda_ipc.handle_of(region)] for begin, region in self._regions.items()]
 
     def view(self, begin: int, end: int) -> torch.Tensor:
         """Return bytes of one region, of shape `(end - begin,)`."""
@@ -79,7 +79,7 @@ class PeerMemory:
 
     def __init__(self, address: list[list[Any]], device: torch.device):
         self._device = device
-        self._pointers = {begin: cuda_ipc.opened(handle, device) for begin, _, handle in address}
+        self._pointers = {begin: cuda_ipc.opened(handle, device) for begin, handle in address}
 
     def source(self, begin: int, end: int) -> "PeerSource":
         """Return bytes of one region."""
