@@ -210,14 +210,10 @@ class ConfigManager:
         **script,
     ) -> ExplainedConfig:
         model = model_sizes.resolve(model_size, before_transformers=_load_engine)
-        processes, counted = self._processes(num_gpus)
+        processes, of_machine, counted = self._processes(num_gpus)
         gpu_gib, read = self._memory(available_memory, processes)
         # Where the number of processes is open, with the buffer that several need.
-        count = processes or 2
-        of_machine = (
-            Topology.from_environment().local_world_size if num_gpus is None and "RANK" in os.environ else count
-        )
-        resources = (gpu_gib, plugin.memory_fraction, count, of_machine)
+        resources = (gpu_gib, plugin.memory_fraction, processes or 2, of_machine or 2)
         work = Workload(model.shape, model.source, *resources, **script, frozen_weights=plugin.frozen_weights)
         chosen = work.plan(plugin)
         options: dict[str, Any] = {} if processes is None else {"num_gpus": processes}
@@ -232,15 +228,16 @@ class ConfigManager:
             self._devices = DeviceManager()
         return self._devices.get_available_devices()
 
-    def _processes(self, num_gpus: int | None) -> tuple[int | None, str]:
+    def _processes(self, num_gpus: int | None) -> tuple[int | None, int | None, str]:
+        """Return how many processes train, how many of them on this machine, and why."""
         if num_gpus is not None:
-            return num_gpus, f"{num_gpus}, as asked for"
+            return num_gpus, num_gpus, f"{num_gpus}, as asked for"
         if "RANK" in os.environ:
-            launched = Topology.from_environment().world_size
-            return launched, f"{launched}, those of this launch"
+            place = Topology.from_environment()
+            return place.world_size, place.local_world_size, f"{place.world_size}, those of this launch"
         if visible := len(self._visible()):
-            return visible, f"{visible}, one for each visible GPU"
-        return None, "any number: none was given, and no GPU is visible here"
+            return visible, visible, f"{visible}, one for each visible GPU"
+        return None, None, "any number: none was given, and no GPU is visible here"
 
     def _memory(self, available: str | float | None, num_gpus: int | None) -> tuple[float, str]:
         if available is not None:

@@ -23,15 +23,14 @@ def describe(engine: str, padded: bool = False) -> dict:
     Rows that are `padded` run through PyTorch's SDPA in one call, and never through varlen attention.
     """
     runs_segments, other = sdpa_runs_segments(engine)
-    if padded and other == _RUNS_VARLEN:
-        runs_segments, other = True, ""
+    if padded and other in ("", _RUNS_VARLEN):
+        runs_segments, other = True, "padded rows run through SDPA in one call"
     return {
         "sdpa_runs_segments": runs_segments,
         "other": other,
         "prefers_cudnn": runs_segments and prefers_cudnn(),
         "has_varlen": runs_segments and not padded and spare_varlen() is not None,
         "runs_varlen": other == _RUNS_VARLEN,
-        "padded": padded,
     }
 
 

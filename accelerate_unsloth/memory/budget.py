@@ -13,7 +13,8 @@ from dataclasses import dataclass
 GIB = 2**30
 
 # bitsandbytes NF4, double quantization: 4 bits per value, a float8 constant per 64, and a float32 per 256 constants.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_PACKED_BYTES = 0.5
+NF4_BYTES = NF4_PACKED_BYTES + 1 / 64 + 4 / (64 * 256)
 
 # Values that a layer keeps per token, in multiples of the hidden and of the intermediate size.
 _WORKING = (10.3, 3.1)  # while one layer is being recomputed or run backward

@@ -13,7 +13,7 @@ EXPERTS_NOTE = (
 
 # Layers that a GPU holds at a time where they are fetched, and the part of 4-bit weights that stays on it: their constants.
 FETCHED_LAYERS = 3
-_CONSTANTS_BYTES = budget.NF4_BYTES - 0.5
+_CONSTANTS_BYTES = budget.NF4_BYTES - budget.NF4_PACKED_BYTES
 
 # Two chunks of `reduction.CHUNK_BYTES`, which is not imported because it brings PyTorch.
 REDUCTION_BYTES = 2 * 2**26
@@ -64,7 +64,7 @@ def frozen_bytes(shape: ModelShape, load_in_4bit: bool) -> tuple[float, float]:
     """
     values = shape.stored_linear_values
     constants = values * _CONSTANTS_BYTES if load_in_4bit else 0.0
-    return values * (0.5 if load_in_4bit else 2), constants + 2 * shape.embedding_values
+    return values * (budget.NF4_PACKED_BYTES if load_in_4bit else 2), constants + 2 * shape.embedding_values
 
 
 def estimate(

@@ -25,11 +25,10 @@ class Facts:
     """What the choice depends on. `engines.kernels.describe` gives all but the lengths."""
 
     sdpa_runs_segments: bool  # whether rows go through PyTorch's SDPA: one by one, or padded ones together
-    other: str  # what runs them otherwise, for the reason
+    other: str  # what runs them otherwise, or why they never run in one varlen call, for the reason
     prefers_cudnn: bool  # whether PyTorch would use cuDNN on this GPU
     lengths: int  # number of different lengths in the data; 0 if not known
     has_varlen: bool = False  # whether one call of PyTorch's could run all rows, and does not by itself
-    padded: bool = False  # whether rows of a micro-batch are padded to its longest
     runs_varlen: bool = False  # whether Unsloth runs all rows in that call by itself
 
 
@@ -60,7 +59,6 @@ def resolve(requested: str, facts: Facts) -> AttentionChoice:
         return AttentionChoice("varlen", f"asked for; {facts.other}", keeps_cudnn=True)
     if requested == "varlen" and not facts.has_varlen:
         why = facts.other or "it takes PyTorch 2.11 or later on a GPU"
-        why = "padded rows run through SDPA in one call" if facts.padded else why
         raise ValueError(f"attention='varlen' is not available here ({why}). Leave it at 'auto'.")
     if requested != "auto":
         return AttentionChoice(requested, "asked for")

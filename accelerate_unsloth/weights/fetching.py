@@ -18,11 +18,9 @@ from torch import nn
 
 from ..memory.estimate import FETCHED_LAYERS
 from .copying import Source, StreamCopier
+from .layout import rounded_up
 from .placement import VARIABLE
 from .slots import SlotPool
-
-_GRANULE = 256  # bytes; slots are multiples of it, so that they can be viewed as any type
-
 
 # An attribute of modules that hold fetched weights.
 _FETCH = "_accelerate_unsloth_fetch"
@@ -99,7 +97,7 @@ class Fetcher:
     def __post_init__(self):
         sources = {layer.index: layer.source for layer in self.layers if not layer.stays}
         largest = max(source.nbytes for source in sources.values())
-        nbytes = -(-largest // _GRANULE) * _GRANULE
+        nbytes = rounded_up(largest)  # or they could not be viewed as any type
         self._slots = [torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(FETCHED_LAYERS)]
         self._slot_at = {slot.data_ptr(): index for index, slot in enumerate(self._slots)}
         self._layer = {layer.index: layer for layer in self.layers}

@@ -6,6 +6,17 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+ALIGNMENT = 256  # of each tensor, in bytes, for kernels that load many values at a time
+
+
+def rounded_up(nbytes: int, multiple: int = ALIGNMENT) -> int:
+    return -(-nbytes // multiple) * multiple
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor of any type, of shape `(nbytes,)`: as floats, NaN patterns might change."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -16,13 +16,12 @@ import torch
 
 from ..launch.channel import channel
 from ..launch.topology import topology
-from ..memory.budget import NF4_BYTES
+from ..memory.budget import NF4_BYTES, NF4_PACKED_BYTES
 from ..patches import patched
 from . import PlacedWeights, attach, placement
 from .attaching import Attachment, Found, Store, move
 from .checkpoint import LayeredCheckpoint
 from .copying import pin
-from .cuda_ipc import held_bytes
 from .decoder import DecoderLayer, find_layers
 from .layout import Piece, as_bytes, from_bytes
 from .peer_memory import DeviceMemory, PeerMemory, stay_while_read, why_no_copies
@@ -108,30 +107,30 @@ def _facts(model, layers: list[DecoderLayer], device: str, cannot_share: str) ->
     of_layers = [[parameters[name] for name in layer.parameters] for layer in layers]
     sizes = tuple(int(sum(map(_movable_bytes, of_layer))) for of_layer in of_layers)
     processes = topology().local_world_size
-    device_bytes = None if device == "cpu" else placement.device_bytes(processes)
-    if device_bytes is not None and torch.cuda.get_per_process_memory_fraction() == 1:
-        device_bytes -= held_bytes()  # under a limit of PyTorch's they have lowered it
     return placement.Facts(
         layers=sizes,
         other_bytes=int(sum(map(_loaded_bytes, parameters.values())) - sum(sizes)),
         local_world_size=processes,
         host_bytes=placement.host_bytes(),
-        device_bytes=device_bytes,
+        device_bytes=None if device == "cpu" else placement.device_bytes(processes),
         cannot_share=cannot_share,
     )
 
 
 def _loaded_bytes(parameter: torch.Tensor) -> float:
     """Return the bytes of a parameter of a model on the meta device, once it is loaded."""
-    is_4bit = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * (NF4_BYTES if is_4bit else parameter.element_size())
+    return parameter.numel() * (NF4_BYTES if _is_4bit(parameter) else parameter.element_size())
 
 
 def _movable_bytes(parameter: torch.Tensor) -> float:
     """Return those that can be elsewhere: without the constants of quantization, biases and norms."""
     if parameter.dim() < 2:
         return 0
-    return parameter.numel() * 0.5 if type(parameter).__name__ == "Params4bit" else _loaded_bytes(parameter)
+    return parameter.numel() * NF4_PACKED_BYTES if _is_4bit(parameter) else _loaded_bytes(parameter)
+
+
+def _is_4bit(parameter: torch.Tensor) -> bool:
+    return type(parameter).__name__ == "Params4bit"
 
 
 def _load_shared(

@@ -8,6 +8,7 @@ first waits for the others for a minute; what they have opened stays readable af
 """
 
 import atexit
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,8 +19,8 @@ import torch
 from ..launch.channel import channel
 from ..launch.topology import topology
 from . import cuda_ipc
+from .layout import ALIGNMENT, bytes_of, rounded_up
 
-_ALIGNMENT = 256  # of each tensor, in bytes, for kernels that load many values at a time
 _GRANULE = 2**21  # of a region: the driver takes smaller ones from blocks, which it exports as a whole
 _WAIT_AT_EXIT_S = 60
 
@@ -44,12 +45,11 @@ class DeviceMemory:
         Raises:
             torch.OutOfMemoryError: if the GPU does not hold them.
         """
-        sizes = [_rounded_up(tensor.numel() * tensor.element_size()) for tensor in tensors]
+        sizes = [rounded_up(tensor.nbytes) for tensor in tensors]
         begins = [sum(sizes[:index]) for index in range(len(sizes))]
-        region = cuda_ipc.allocated(_rounded_up(sum(sizes), _GRANULE), self._device)
+        region = cuda_ipc.allocated(rounded_up(sum(sizes), _GRANULE), self._device)
         for begin, tensor in zip(begins, tensors, strict=True):
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # floats might change NaN patterns
-            region[begin : begin + flat.numel()].copy_(flat)
+            region[begin : begin + tensor.nbytes].copy_(bytes_of(tensor))
         base, self._nbytes = self._nbytes, self._nbytes + region.numel()
         self._regions[base] = region
         return [base + begin for begin in begins]
@@ -61,7 +61,7 @@ class DeviceMemory:
 
     def view(self, begin: int, end: int) -> torch.Tensor:
         """Return bytes of one region, of shape `(end - begin,)`."""
-        base = max(offset for offset in self._regions if offset <= begin)
+        base = _base_of(begin, self._regions)
         return self._regions[base][begin - base : end - base]
 
 
@@ -83,7 +83,7 @@ class PeerMemory:
 
     def source(self, begin: int, end: int) -> "PeerSource":
         """Return bytes of one region."""
-        base = max(offset for offset in self._pointers if offset <= begin)
+        base = _base_of(begin, self._pointers)
         return PeerSource(self._pointers[base] + begin - base, end - begin, self._device)
 
 
@@ -110,7 +110,7 @@ def why_no_copies(device: torch.device) -> str:
 
     All of them call it together, because each copies a few bytes from every other GPU.
     """
-    place, problem, address, size = topology(), "", [], _ALIGNMENT
+    place, problem, address, size = topology(), "", [], ALIGNMENT
     marks = {rank: position % 256 for position, rank in enumerate(place.node_ranks)}
     try:
         memory = DeviceMemory(device)
@@ -142,5 +142,6 @@ def _meet_at_exit() -> None:
         channel().meet("frozen weights not read any more", _WAIT_AT_EXIT_S)
 
 
-def _rounded_up(nbytes: int, multiple: int = _ALIGNMENT) -> int:
-    return -(-nbytes // multiple) * multiple
+def _base_of(offset: int, bases: Iterable[int]) -> int:
+    """Return where the region begins that an offset is in."""
+    return max(base for base in bases if base <= offset)

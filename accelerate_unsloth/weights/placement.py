@@ -193,13 +193,19 @@ def host_bytes() -> int:
 
 
 def device_bytes(local_world_size: int) -> int:
-    """Return the memory of the smallest GPU of this machine's processes that this one sees, or what PyTorch may use of it."""
+    """
+    Return the memory of the smallest GPU of this machine's processes that this one sees, or what PyTorch may use of it.
+
+    What earlier models hold beside PyTorch does not count; a limit of PyTorch's was lowered for it.
+    """
     import torch
+
+    from .cuda_ipc import held_bytes
 
     alone = local_world_size == 1 or torch.cuda.device_count() < local_world_size
     used = [torch.cuda.current_device()] if alone else range(local_world_size)
-    sizes = [torch.cuda.get_device_properties(index).total_memory for index in used]
-    return int(min(sizes) * torch.cuda.get_per_process_memory_fraction())
+    smallest = min(torch.cuda.get_device_properties(index).total_memory for index in used)
+    return int(min(smallest * torch.cuda.get_per_process_memory_fraction(), smallest - held_bytes()))
 
 
 def _size(nbytes: float) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-_ALIGNMENT = 256  # of each tensor, in bytes, for kernels that load many values at a time
+from .layout import bytes_of, rounded_up
+
 _LARGEST_WRITE = 2**30  # Linux writes 2 GiB at most at once
 
 
@@ -51,9 +52,8 @@ class SharedMemory:
 
     def append(self, tensor: torch.Tensor) -> int:
         """Write a tensor of any type, and return its offset in bytes."""
-        begin = offset = -(-self._nbytes // _ALIGNMENT) * _ALIGNMENT
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # floats might change NaN patterns
-        left = memoryview(flat.numpy())
+        begin = offset = rounded_up(self._nbytes)
+        left = memoryview(bytes_of(tensor.cpu()).numpy())
         while left:
             written = os.pwrite(self._descriptor, left[:_LARGEST_WRITE], offset)
             left, offset = left[written:], offset + written

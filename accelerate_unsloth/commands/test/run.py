@@ -89,8 +89,7 @@ def run(num_processes: int | None = None, timeout_s: float = 300.0) -> Iterator[
     Train a tiny model on one process and on several, and compare; yield each check when it is done.
 
     `num_processes` is by default the number of visible GPUs, or 2 on a CPU. The first launch that fails, or takes longer than
-    `timeout_s`, is the last. Raise `ValueError` for more processes than
-    GPUs, or fewer than 1.
+    `timeout_s`, is the last. Raise `ValueError` for more processes than GPUs, or fewer than 1.
     """
     manager = DeviceManager()
     devices = manager.get_available_devices()
