@@ -1,11 +1,12 @@
 """
-Write a Llama with random weights as a checkpoint in 4 bits, layer by layer, so that no more than a layer, or the embeddings with the head, is
-in memory.
+Write a Llama with random weights as a checkpoint in 4 bits, layer by layer, so that no more than a layer, or the embeddings
+with the head, is in memory.
 
-    python benchmarks/make_4bit_model.py 70b FOLDER      Llama-3.3-70B dims: 37 GB, for `benchmarks/placements.py`
+    python benchmarks/make_4bit_model.py 70B FOLDER      Llama-3.3-70B dims: 37 GB, for `benchmarks/placements.py`
 
-The layers are quantized on a GPU if there is one. All linear layers of the decoder are NF4 with nested constants, as Unsloth's
-checkpoints are; embeddings, head and norms stay in bfloat16.
+Sizes are those of `accelerate-unsloth estimate-memory`, also by the folder of a dense model. The layers are quantized on a
+GPU if there is one. All linear layers of the decoder are NF4 with nested constants, as Unsloth's checkpoints are; embeddings,
+head and norms stay in bfloat16.
 """
 
 import json
@@ -17,14 +18,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from accelerate_unsloth.memory import model_sizes
 from accelerate_unsloth.testing import tiny_model
 
-# hidden, intermediate, layers, heads, key and value heads, words
-SIZES = {
-    "tiny": (32, 64, 2, 4, 2, 320),
-    "8b": (4096, 14336, 32, 32, 8, 128_256),
-    "70b": (8192, 28672, 80, 64, 8, 128_256),
-}
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
@@ -36,14 +32,16 @@ SPREAD = 0.02
 
 def make(size: str, folder: Path) -> None:
     """Write config, tokenizer and one file for each layer into a folder."""
-    hidden, intermediate, layers, heads, shared_heads, words = SIZES[size]
+    shape = model_sizes.resolve(size).shape
     config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=shared_heads,
-        vocab_size=words,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=8192,
         pad_token_id=0,
         bos_token_id=1,
@@ -56,11 +54,9 @@ def make(size: str, folder: Path) -> None:
     config.quantization_config = NF4.to_dict()
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    small = size == "tiny"
-    tiny_model.make_tokenizer(*([] if small else [8_192, tiny_model.standard_library(2_000_000)])).save_pretrained(
-        folder
-    )
-    parts = [f"model.layers.{index}." for index in range(layers)]
+    text = tiny_model.standard_library(2_000_000)
+    tiny_model.make_tokenizer(min(8_192, shape.vocabulary), text).save_pretrained(folder)
+    parts = [f"model.layers.{index}." for index in range(shape.layers)]
     places, nbytes = {}, 0
     for number, part in enumerate([*parts, None], 1):
         file = f"model-{number:05d}-of-{len(parts) + 1:05d}.safetensors"

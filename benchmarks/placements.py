@@ -16,35 +16,19 @@ import json
 import os
 import statistics
 import time
-from itertools import pairwise
 from pathlib import Path
 
-from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
+from accelerate_unsloth import FastLanguageModel, SFTTrainer, UnslothPlugin
 
 # isort: split
 import datasets
 import torch
-from transformers import TrainerCallback
+from timing import Stopwatch, arguments, losses_and_tokens
 
 from accelerate_unsloth.weights import placed_weights
+from accelerate_unsloth.weights.placement import VARIABLE
 
 GIB = 2**30
-VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
-
-
-class Stopwatch(TrainerCallback):
-    """Seconds of each step."""
-
-    def __init__(self):
-        self.step_s, self.begin_s = [], 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        torch.cuda.synchronize()
-        self.begin_s = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        torch.cuda.synchronize()
-        self.step_s.append(time.perf_counter() - self.begin_s)
 
 
 def used_gib() -> float:
@@ -67,24 +51,9 @@ def measure(case: str, options) -> dict:
     load_s, weights_gib = time.perf_counter() - began_s, used_gib() - before_gib
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, random_state=0)
     clock = Stopwatch()
-    arguments = SFTConfig(
-        str(Path(options.out).with_suffix("")),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        max_steps=options.steps,
-        max_length=options.max_length,
-        learning_rate=1e-4,
-        optim="adamw_8bit",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=3,
-        dataset_num_proc=4,
-    )
     trainer = SFTTrainer(
         model,
-        args=arguments,
+        args=arguments(str(Path(options.out).with_suffix("")), 2, 4, options.steps, options.max_length),
         train_dataset=datasets.Dataset.from_json(options.data),
         processing_class=tokenizer,
         plugin=UnslothPlugin(gradient_checkpointing=checkpointing),
@@ -92,8 +61,7 @@ def measure(case: str, options) -> dict:
     )
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    tokens = [after["num_tokens"] - before["num_tokens"] for before, after in pairwise(logs)]
+    losses, tokens = losses_and_tokens(trainer)
     steady = clock.step_s[len(clock.step_s) // 3 :]
     return {
         "case": case,
@@ -105,7 +73,7 @@ def measure(case: str, options) -> dict:
         "peak_of_pytorch_gib": torch.cuda.max_memory_allocated() / GIB,
         "checkpointing": trainer.plan.checkpointing.label,
         "micro_batch": trainer.plan.micro_batch.reason,
-        "losses": [entry["loss"] for entry in logs],
+        "losses": losses,
         "all_step_s": clock.step_s,
     }
 

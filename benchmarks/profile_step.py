@@ -9,17 +9,15 @@ One process, one GPU, the benchmark's own workload (`accelerate-unsloth bench`),
 import argparse
 import gc
 import json
-import time
 from collections import Counter
-from itertools import pairwise
 
-from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
+from accelerate_unsloth import FastLanguageModel, SFTTrainer, UnslothPlugin
 
 # isort: split
 import datasets
 import torch
+from timing import Stopwatch, arguments, losses_and_tokens
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 PROFILED = 3  # the last steps, whose own seconds are not counted: the profiler slows them
@@ -44,22 +42,20 @@ KINDS = {
 }
 
 
-class Stopwatch(TrainerCallback):
-    """Seconds of each step, and a profile of the last ones."""
+class Profiler(Stopwatch):
+    """A profile of the last steps, whose seconds include starting it."""
 
     def __init__(self, steps: int):
-        self.steps, self.step_s = steps, []
-        self.profiler = profile(activities=[ProfilerActivity.CUDA])
+        super().__init__()
+        self.steps, self.profiler = steps, profile(activities=[ProfilerActivity.CUDA])
 
     def on_step_begin(self, args, state, control, **kwargs):
-        torch.cuda.synchronize()
+        super().on_step_begin(args, state, control, **kwargs)
         if state.global_step == self.steps - PROFILED:
             self.profiler.start()
-        self.start_s = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        torch.cuda.synchronize()
-        self.step_s.append(time.perf_counter() - self.start_s)
+        super().on_step_end(args, state, control, **kwargs)
         if state.global_step == self.steps:
             self.profiler.stop()
 
@@ -70,29 +66,15 @@ def kind(kernel: str) -> str:
 
 
 def measure(model, tokenizer, rows, attention: str, options) -> dict:
-    arguments = SFTConfig(
-        "/tmp/profile_step",
-        per_device_train_batch_size=options.batch,
-        gradient_accumulation_steps=options.effective_batch // options.batch,
-        max_steps=options.steps,
-        max_length=options.max_length,
-        learning_rate=1e-4,
-        optim="adamw_8bit",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        bf16=True,
-        seed=3,
-    )
     plugin = UnslothPlugin(attention=attention)
-    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, plugin=plugin)
-    watch = Stopwatch(options.steps)
+    accumulation = options.effective_batch // options.batch
+    settings = arguments("/tmp/profile_step", options.batch, accumulation, options.steps, options.max_length)
+    trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, plugin=plugin)
+    watch = Profiler(options.steps)
     trainer.add_callback(watch)
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    tokens = [after["num_tokens"] - before["num_tokens"] for before, after in pairwise(log)]
+    losses, tokens = losses_and_tokens(trainer)
     kernels, count = Counter(), 0
     for event in watch.profiler.key_averages():
         if event.self_device_time_total and event.device_type == torch.autograd.DeviceType.CUDA:
@@ -110,7 +92,7 @@ def measure(model, tokenizer, rows, attention: str, options) -> dict:
         "tokens_per_second": round(done / seconds),
         "tokens_a_step": round(done / len(unprofiled)),
         "step_s": watch.step_s,
-        "losses": [entry["loss"] for entry in log],
+        "losses": losses,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "busy_s": {name: round(busy_s, 4) for name, busy_s in kinds.most_common()},
         "profiled_tokens_a_step": round(sum(tokens[-PROFILED:]) / PROFILED),

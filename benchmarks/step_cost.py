@@ -12,36 +12,27 @@ import argparse
 import gc
 import json
 import random
-import time
 
 from accelerate_unsloth import FastLanguageModel, SFTConfig, SFTTrainer, UnslothPlugin
 
 # isort: split
 import datasets
 import torch
-from transformers import TrainerCallback
+from timing import Stopwatch
 from transformers.utils import logging
 
 STEPS = 5
 KERNELS = ("cudnn", "flash", "varlen")
 
 
-class Meter(TrainerCallback):
-    """Seconds of each step, and the peak of the steps after the first, which also makes the optimizer's state."""
-
-    def __init__(self):
-        self.step_s = []
+class Meter(Stopwatch):
+    """The peak of the steps after the first, which also makes the optimizer's state."""
 
     def on_step_begin(self, args, state, control, **kwargs):
-        torch.cuda.synchronize()
         if state.global_step == 1:
             torch.cuda.reset_peak_memory_stats()
             self.resting_gib = torch.cuda.memory_allocated() / 2**30
-        self.start_s = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        torch.cuda.synchronize()
-        self.step_s.append(time.perf_counter() - self.start_s)
+        super().on_step_begin(args, state, control, **kwargs)
 
 
 def lengths_of(kind: str, tokens: int, generator: random.Random) -> list[int]:

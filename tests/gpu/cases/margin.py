@@ -10,7 +10,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-from accelerate_unsloth import FastLanguageModel
+from accelerate_unsloth.engines import select  # noqa: F401  # Unsloth comes before transformers
 
 # isort: split
 import torch
@@ -148,16 +148,6 @@ class Watch(TrainerCallback):
 
 @torch.no_grad()
 def generate(model, prompt_tokens: int = 512, new_tokens: int = 64) -> int:
-    """Continue a prompt, as `examples/train.py` does: how many tokens came."""
-    FastLanguageModel.for_inference(model)
-    ids = 10 + torch.arange(prompt_tokens, device=model.device)[None] % 200
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    FastLanguageModel.for_training(model)
-    return output.shape[1] - prompt_tokens
+    """Return how many tokens came."""
+    with training.generated(model, prompt_tokens, new_tokens) as output:
+        return output.shape[1] - prompt_tokens

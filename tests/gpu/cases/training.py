@@ -1,6 +1,7 @@
 """Fine-tunes of small models: each case returns losses, gradient norms, and where memory was held."""
 
 import os
+from contextlib import contextmanager
 
 import accelerate_unsloth
 from accelerate_unsloth import UnslothPlugin
@@ -145,26 +146,39 @@ def fine_tune(
     if save:
         trainer.save_model(str(case.out / "adapter"))
         model.save_pretrained_merged(str(case.out / "merged"), tokenizer, save_method="merged_16bit")
-    decoded = decoded_alike(model) if decode else None
     devices = sorted({str(p.device) for p in model.parameters()})
     held = processes_by_gpu() if case.on_gpu else []
-    seen = {"eval_losses": eval_losses, "devices": devices, "processes_by_gpu": held, "weights_mib": weights_mib}
-    seen["decoded_alike"] = decoded
-    return describe(trainer) | seen
+    return describe(trainer) | {
+        "eval_losses": eval_losses,
+        "decoded_alike": decoded_alike(model) if decode else None,
+        "devices": devices,
+        "processes_by_gpu": held,
+        "weights_mib": weights_mib,
+    }
 
 
 @torch.no_grad()
 def decoded_alike(model, prompt_tokens: int = 32, new_tokens: int = 24) -> float:
     """Part of the tokens, generated one by one, that a forward of all of them would choose too."""
+    with generated(model, prompt_tokens, new_tokens) as output:
+        chosen = model(input_ids=output).logits[0, prompt_tokens - 1 : -1].argmax(-1)
+    return (chosen == output[0, prompt_tokens:]).float().mean().item()
+
+
+@contextmanager
+def generated(model, prompt_tokens: int, new_tokens: int):
+    """Continue a prompt, as `examples/train.py` does: all tokens, of shape `(1, tokens)`; the body runs in inference mode."""
     accelerate_unsloth.FastLanguageModel.for_inference(model)
     ids = 10 + torch.arange(prompt_tokens, device=model.device)[None] % 200
-    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    output = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length
+    yield model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
     )
-    chosen = model(input_ids=output).logits[0, prompt_tokens - 1 : -1].argmax(-1)
     accelerate_unsloth.FastLanguageModel.for_training(model)
-    return (chosen == output[0, prompt_tokens:]).float().mean().item()
 
 
 def allocated_mib(case) -> float:
