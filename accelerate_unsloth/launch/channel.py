@@ -204,6 +204,14 @@ class Channel:
         first = int(self._store.compare_set("failed", "", str(rank)))
         return first, json.loads(self._store.get(f"failed/{first}"))
 
+    def note_shown(self) -> None:
+        """Report that this rank has printed the error."""
+        self._store.set("shown", "")
+
+    def wait_until_shown(self, timeout_s: float) -> None:
+        """Wait until a rank has printed the error."""
+        self._arrives(["shown"], timeout_s)
+
     def end(self) -> None:
         """Report that this rank sends nothing more."""
         with suppress(RuntimeError):  # the launcher, and its store with it, may be gone

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from accelerate_unsloth.reliability import nonfinite
+from accelerate_unsloth.launch.channel import PeerFailure
+from accelerate_unsloth.reliability import failures, nonfinite
 from accelerate_unsloth.trainers import guards as module
 from accelerate_unsloth.trainers.guards import Guards, check_weights_are_equal
 
@@ -70,3 +71,34 @@ def test_a_step_that_is_not_finite_is_skipped_or_ends_the_run(scaled, ranks):
     assert (weight.grad is None) == (not scaled)  # a GradScaler wants to see it
     with pytest.raises(FloatingPointError, match=r"step 3 is not finite on rank 1 \(samples \[7, 8\]\)"):
         nonfinite.handle([1], 3, [4], "stop", [weight], scaled)
+
+
+@pytest.mark.parametrize(
+    ("rank", "first", "error", "expected"),
+    [
+        (0, 1, PeerFailure("rank 1 failed"), ["failed", "waits"]),  # or rank 1 would wait for it
+        (2, 1, PeerFailure("rank 1 failed"), ["waits"]),
+        (0, 1, ValueError("another"), ["failed", "waits"]),
+        (0, 0, ValueError("mine"), ["failed", "printed", "noted"]),
+        (1, 1, ValueError("mine"), ["failed", "printed", "noted"]),
+    ],
+)
+def test_no_rank_ends_before_the_error_is_printed(rank, first, error, expected, monkeypatch):
+    """The launcher ends all others when one rank ends."""
+    done = []
+
+    def fail(report):
+        done.append("failed")
+        return first, report if first == rank else "ValueError: that of the first"
+
+    channel = SimpleNamespace(
+        fail=fail,
+        wait_for_failure_of_main=lambda timeout_s: None,
+        note_shown=lambda: done.append("noted"),
+        wait_until_shown=lambda timeout_s: done.append("waits"),
+    )
+    monkeypatch.setattr(failures, "channel", lambda: channel)
+    monkeypatch.setattr(failures, "topology", lambda: SimpleNamespace(rank=rank, world_size=3))
+    monkeypatch.setattr(failures, "_end_process_soon", lambda: None)
+    failures._make_hook(lambda *_: done.append("printed"))(type(error), error, None)
+    assert done == expected
