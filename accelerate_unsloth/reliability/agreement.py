@@ -143,7 +143,7 @@ def check_frozen(model) -> None:
     """
     Compare the frozen weights and kept buffers of all ranks, which nothing copies from rank 0.
 
-    What the ranks of a node share is summed by the rank that loaded it, and compared between nodes.
+    What the ranks of a node share exists once there. It is compared between nodes only, by the rank that loaded it.
 
     Raises:
         ValueError: with the ranks that differ from rank 0, and the first tensors that differ.
@@ -151,12 +151,16 @@ def check_frozen(model) -> None:
     if topology().world_size == 1:
         return
     placed = placed_weights(model)
+    several_nodes = topology().local_world_size < topology().world_size
     shared = {id(tensor.parameter): tensor for tensor in placed.shared} if placed else {}
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    elsewhere = {name for name, p in frozen.items() if id(p) in shared and not shared[id(p)].is_own}
-    summed = {name: p for name, p in frozen.items() if id(p) not in shared} | kept_buffers(model)
-    summed |= {name: shared[id(p)].stored for name, p in frozen.items() if id(p) in shared and shared[id(p)].is_own}
-    ranks_sums = channel().gather("frozen weights", [bit_sums(summed), sorted(elsewhere)])
+    summed, not_compared = kept_buffers(model), []
+    for name, parameter in model.named_parameters():
+        tensor = shared.get(id(parameter))
+        if tensor and not (several_nodes and tensor.is_own):
+            not_compared.append(name)
+        elif not parameter.requires_grad:
+            summed[name] = tensor.stored if tensor else parameter
+    ranks_sums = channel().gather("frozen weights", [bit_sums(summed), not_compared])
     first = {name: value for sums, _ in reversed(ranks_sums) for name, value in sums.items()}
     differ = [
         {name for name in first if name not in not_summed and sums.get(name) != first[name]}

@@ -17,6 +17,8 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """
     Return a checksum of each tensor, of any shape and type: equal bits in equal places give equal sums on any device.
 
+    They are computed on the GPU of this process, if it uses one: a core of a CPU sums 130 MB of bytes in a second.
+
     Example:
 
     ```python
@@ -28,7 +30,8 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        by_device.setdefault(tensor.device, {})[name] = tensor.detach()
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else tensor.device
+        by_device.setdefault(device, {})[name] = tensor.detach()
     sums = {}
     for device, its_tensors in by_device.items():
         longest = min(_PIECE, max(tensor.numel() for tensor in its_tensors.values()))
@@ -46,7 +49,7 @@ def kept_buffers(model) -> dict:
 
 def _bit_sum(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     flat = tensor.contiguous().view(-1).view(_SAME_SIZE_INTEGER.get(tensor.element_size(), torch.uint8))
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=places.device)
     for piece in flat.split(_PIECE):  # integers overflow in the same way on every device
-        total = total * 31 + (piece * places[: len(piece)]).sum()
+        total = total * 31 + (piece.to(places.device) * places[: len(piece)]).sum()
     return total
