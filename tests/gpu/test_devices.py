@@ -70,6 +70,7 @@ def test_readings_are_sensible():
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_the_installation_check_passes_on_all_gpus():
     visible = os.environ.get("GPUS")
     done = ask(["-c", "from accelerate_unsloth.commands import app; app()", "test"], visible)

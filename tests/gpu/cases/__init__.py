@@ -74,7 +74,8 @@ CASES: dict[str, dict[str, tuple[str, dict]]] = {
         # Last, because `FastModel`, which also loads full fine-tunes, replaces a model's classes for good.
         "vision": (
             "training:fine_tune",
-            {"model": "vision", "loader": "FastModel", "lora": {"finetune_vision_layers": True}, "args": _FAST},
+            _NOT_COMPILED
+            | {"model": "vision", "loader": "FastModel", "lora": {"finetune_vision_layers": True}, "args": _FAST},
         ),
         "full": ("training:fine_tune", _NOT_COMPILED | {"load": {"full_finetuning": True}, "evaluate": True}),
     },
