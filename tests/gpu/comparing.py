@@ -9,7 +9,7 @@ import pytest
 BF16_ROUNDING = 1e-2
 # Losses of preferences depend on differences of sums over all tokens of an answer. This is the median over the steps; a single
 # one was up to 0.079 apart on two H200s (SmolLM2-135M, DPO, 16 bits). On a CPU, 20 steps of the same case by 1 x 2 accumulation
-# and by 2 processes: up to 0.065 and a median of 0.011 in bfloat16, and F32MAX in float32.
+# and by 2 processes: up to 0.065 and a median of 0.011 in bfloat16, and up to 3.2e-6 in float32.
 ROUNDING_OF_PREFERENCES = 3e-2
 
 # Both were set by emulation: SmolLM2-135M in float32, with each layer's outputs and each gradient rounded to bfloat16, LoRA of
