@@ -118,3 +118,23 @@ def test_pieces_of_a_large_tensor_are_told_apart(monkeypatch):
     first, turned = torch.arange(8), torch.arange(8).roll(4)
     sums = bit_sums({"first": first, "turned": turned})
     assert sums["first"] != sums["turned"]
+
+
+@pytest.mark.parametrize("bit", [0, 63])
+@pytest.mark.parametrize("place", range(4))
+def test_one_bit_of_any_word_changes_the_sum(place, bit):
+    words = torch.arange(4)
+    turned = words.clone()
+    turned[place] ^= -(2**63) if bit == 63 else 1
+    sums = bit_sums({"first": words, "turned": turned})
+    assert sums["first"] != sums["turned"]
+
+
+def test_the_sum_depends_neither_on_where_the_bytes_lie_nor_on_a_rest_that_is_no_word():
+    stored = torch.arange(23, dtype=torch.uint8)
+    shifted = torch.zeros(24, dtype=torch.uint8)[1:].copy_(stored)
+    assert shifted.data_ptr() % 8
+    other = stored.clone()
+    other[-1] ^= 1
+    sums = bit_sums({"first": stored, "shifted": shifted, "other": other})
+    assert sums["first"] == sums["shifted"] != sums["other"]
