@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Words of 8 bytes in pieces, because each piece is multiplied by its places before it is summed: 32 MiB at once.
 _PIECE = 2**22
@@ -35,7 +36,7 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         by_device.setdefault(device, {})[name] = tensor.detach()
     sums = {}
     for device, its_tensors in by_device.items():
-        longest = min(_PIECE, max(tensor.nbytes for tensor in its_tensors.values()))
+        longest = min(_PIECE, max(part.nbytes for tensor in its_tensors.values() for part in _parts(tensor)))
         places = torch.arange(longest, device=device) % _PLACES * 2 + 1
         found = [_bit_sum(tensor, places) for tensor in its_tensors.values()]
         sums |= dict(zip(its_tensors, torch.stack(found).tolist(), strict=True))
@@ -48,13 +49,22 @@ def kept_buffers(model) -> dict:
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that hold the bits: those inside of a wrapper, such as values and scales of torchao's fp8."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
+
+
 def _bit_sum(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    if flat.data_ptr() % _WORD:  # a view of words has to begin where a word does
-        flat = flat.clone()
-    whole = len(flat) // _WORD * _WORD
     total = torch.zeros((), dtype=torch.int64, device=places.device)
-    for words in (flat[:whole].view(torch.int64), flat[whole:]):
-        for piece in words.split(_PIECE):  # integers overflow in the same way on every device
-            total = total * 31 + (piece.to(places.device) * places[: len(piece)]).sum()
+    for part in _parts(tensor):
+        flat = part.contiguous().view(-1).view(torch.uint8)
+        if flat.data_ptr() % _WORD:  # a view of words has to begin where a word does
+            flat = flat.clone()
+        whole = len(flat) // _WORD * _WORD
+        for words in (flat[:whole].view(torch.int64), flat[whole:]):
+            for piece in words.split(_PIECE):  # integers overflow in the same way on every device
+                total = total * 31 + (piece.to(places.device) * places[: len(piece)]).sum()
     return total

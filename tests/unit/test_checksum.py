@@ -138,3 +138,19 @@ def test_the_sum_depends_neither_on_where_the_bytes_lie_nor_on_a_rest_that_is_no
     other[-1] ^= 1
     sums = bit_sums({"first": stored, "shifted": shifted, "other": other})
     assert sums["first"] == sums["shifted"] != sums["other"]
+
+
+def test_the_bits_of_quantized_weights_inside_of_a_wrapper_are_summed():
+    """`load_in_fp8=True` of Unsloth makes such weights, which cannot be viewed as bytes themselves."""
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    layers = [torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer in layers:
+        torchao.quantize_(layer, torchao.Float8WeightOnlyConfig())
+    first, second = (layer[0].weight for layer in layers)
+    assert type(first).__name__ == "Float8Tensor"
+    sums = [bit_sums({"first": first, "second": second})]
+    second.scale[0] *= 2
+    sums.append(bit_sums({"second": second}))
+    assert sums[0]["first"] == sums[0]["second"] != sums[1]["second"]
