@@ -4,9 +4,9 @@ The same LoRA fine-tune with its frozen weights in different places: seconds of 
     accelerate launch --config_file unsloth_ddp.yaml --num_processes 2 benchmarks/placements.py MODEL DATA \
         --cases replicated:4 sharded:4 host:4 --out placements.json
 
-A case is `PLACEMENT:BITS[:CHECKPOINTING[:GIB]]`: the value of `frozen_weights`, 4 or 16, that of `gradient_checkpointing`, and the
-memory that PyTorch may use of each GPU. All cases run in the same processes, one after the other, with the settings of
-Unsloth's notebooks: 2 samples x 4 accumulation steps on each process. MODEL and DATA are as `accelerate-unsloth bench` makes
+A case is `PLACEMENT:BITS[:CHECKPOINTING[:GIB]]`: the value of `frozen_weights`, 4, 16 or fp8, that of `gradient_checkpointing`, and
+the memory that PyTorch may use of each GPU. All cases run in the same processes, one after the other, with the settings of
+Unsloth's notebooks: `--batch` 2 samples x 4 accumulation steps on each process. MODEL and DATA are as `accelerate-unsloth bench` makes
 them.
 """
 
@@ -45,15 +45,14 @@ def measure(case: str, options) -> dict:
         torch.cuda.set_per_process_memory_fraction(float(gib) * GIB / torch.cuda.mem_get_info()[1])
     os.environ[VARIABLE] = placement
     before_gib, began_s = used_gib(), time.perf_counter()
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=options.max_length, load_in_4bit=bits == "4"
-    )
+    precision = {"load_in_4bit": bits == "4"} | ({"load_in_fp8": True} if bits == "fp8" else {})
+    model, tokenizer = FastLanguageModel.from_pretrained(options.model, max_seq_length=options.max_length, **precision)
     load_s, weights_gib = time.perf_counter() - began_s, used_gib() - before_gib
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, random_state=0)
     clock = Stopwatch()
     trainer = SFTTrainer(
         model,
-        args=arguments(str(Path(options.out).with_suffix("")), 2, 4, options.steps, options.max_length),
+        args=arguments(str(Path(options.out).with_suffix("")), options.batch, 4, options.steps, options.max_length),
         train_dataset=datasets.Dataset.from_json(options.data),
         processing_class=tokenizer,
         plugin=UnslothPlugin(gradient_checkpointing=checkpointing),
@@ -91,6 +90,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--cases", nargs="+", default=["replicated:4", "sharded:4", "host:4"])
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--out", default="placements.json")
     options = parser.parse_args()
