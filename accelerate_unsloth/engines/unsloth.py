@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from ..launch.channel import channel
 from ..launch.topology import topology
 from ..patches import patch_log, patched
 from ..plugin import UnslothPlugin
@@ -69,6 +70,22 @@ def to_own_file(offload):
             return offload(W, model, name, *args, **kwargs)
 
     return offloaded
+
+
+def once_per_node(quantize):
+    """
+    Wrap `quantize(model_name, fp8_mode, ...)`, which returns a folder, so that the first process of each node runs it alone.
+
+    For `load_in_fp8=True` Unsloth writes the model in fp8 into a folder for temporary files on every rank (unsloth 2026.10.9,
+    `models/loader_utils.py: _offline_quantize_to_fp8`), and keeps the first result. N ranks would load the 16-bit model
+    at once and need the space N times. Delete this when one rank does it.
+    """
+
+    @functools.wraps(quantize)
+    def quantized(*args, **kwargs):
+        return channel().run_on_local_main("quantizing to fp8", lambda: quantize(*args, **kwargs))
+
+    return quantized
 
 
 class _FetchingDecoder:
@@ -159,6 +176,8 @@ if topology().world_size > 1:
     _keep_caches_on_own_gpu()
     helpers = unsloth.models._utils
     patch_log.patch(helpers, "offload_to_disk", to_own_file(helpers.offload_to_disk))
+    loader = unsloth.models.loader
+    patch_log.patch(loader, "_offline_quantize_to_fp8", once_per_node(loader._offline_quantize_to_fp8))
 # The package exports the first two; unmodified scripts may use any.
 _NAMES = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
 LOADERS = {name: _for_several_processes(getattr(unsloth, name)) for name in _NAMES if hasattr(unsloth, name)}

@@ -93,6 +93,7 @@ POINTS = {
 UNSLOTH_POINTS = {
     "unsloth.save:_merge_lora": ["layer", "name"],
     "unsloth.models._utils:offload_to_disk": ["W", "model", "name", "temporary_location"],
+    "unsloth.models.loader:_offline_quantize_to_fp8": ["model_name", "fp8_mode"],
     "unsloth:FastLanguageModel.from_pretrained": ["model_name", "device_map"],
     "unsloth:FastLanguageModel.get_peft_model": ["model"],
     "unsloth:FastModel.from_pretrained": ["model_name", "device_map"],

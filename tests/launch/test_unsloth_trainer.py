@@ -40,6 +40,7 @@ def test_the_loaders_keep_unsloths_calls_and_leave_other_gpus_alone(unsloth_once
     assert seen["inherited"]
     assert seen["built"] == ["cuda:1", "cpu"]
     assert seen["offloaded"] == {"equal": True, "left": [], "name": True}
+    assert seen["quantized"] == ["folder of the first process", []]
 
 
 def test_the_mixin_sits_on_unsloths_trainer_and_token_count(runs):

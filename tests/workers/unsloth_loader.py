@@ -28,6 +28,7 @@ def report() -> dict:
     return {
         "built": built,
         "offloaded": offloaded(engine),
+        "quantized": quantized(engine),
         "same_signature": [
             inspect.signature(getattr(ours, name)) == inspect.signature(getattr(theirs, name))
             for ours, theirs in pairs
@@ -49,6 +50,16 @@ def offloaded(engine) -> dict:
             "left": os.listdir(folder),
             "name": model.config._name_or_path == folder,
         }
+
+
+def quantized(engine) -> list:
+    """Quantize as the second process of a node does: what it gets, and what it computed itself."""
+    own, its_own_channel = [], engine.channel
+    engine.channel = lambda: SimpleNamespace(run_on_local_main=lambda name, function: "folder of the first process")
+    try:
+        return [engine.once_per_node(own.append)("model", fp8_mode="row"), own]
+    finally:
+        engine.channel = its_own_channel
 
 
 def load_fetched(model_folder: str, out: Path) -> None:
