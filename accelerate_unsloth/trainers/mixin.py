@@ -40,7 +40,7 @@ from .guards import Guards
 from .loading import LoadingMixin
 from .planner import Planner, leaves_memory
 from .reporting import ReportMixin
-from .step import Step, StepRunner, can_be_repeated
+from .step import Step, StepRunner, can_be_repeated, gradient_bytes
 
 logger = logging.get_logger(__name__)
 
@@ -221,12 +221,12 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         if sampler is not None:
             self.adapter.begin_training(next(iter(sampler.plan(0)[sampler.rank]), []))
 
-    def _fits(self, samples: list[int]) -> bool:
-        """Return whether a forward and backward of these samples fits next to the optimizer's state."""
+    def _fits(self, samples: list[int], in_parts: bool) -> bool:
+        """Return whether a forward and backward of these samples fits next to what a step holds besides."""
         inputs = self.adapter.collate(samples)
-        state_bytes = self._planner.state_bytes_of(self._trainable)
-        if self.optimizer is not None and any(self.optimizer.state.values()):
-            state_bytes = 0  # a resumed run has it already
+        held_bytes = gradient_bytes(self._trainable) if in_parts else 0
+        if self.optimizer is None or not any(self.optimizer.state.values()):  # a resumed run has its state already
+            held_bytes += self._planner.state_bytes_of(self._trainable)
         items = self.adapter.items(inputs)
         _, self.step_item_count = super().get_batch_samples(iter([inputs]), 1, self.args.device)
         self.current_gradient_accumulation_steps = 1
@@ -235,7 +235,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
         def run():
             self.adapter.learn(inputs, items, step)
 
-        return leaves_memory(run, self._trainable, state_bytes, self.args.device, self.plugin.memory_fraction)
+        return leaves_memory(run, self._trainable, held_bytes, self.args.device, self.plugin.memory_fraction)
 
     # ---- The step ----
 

@@ -6,7 +6,7 @@ same plan, that of the rank with the least memory.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -112,9 +112,10 @@ class Planner:
             self._use(new)
         return new is not None
 
-    def probe(self, fits: Callable[[Sequence[int]], bool]) -> None:
+    def probe(self, fits: Callable[[Sequence[int], bool], bool]) -> None:
         """
-        Try more than the largest planned micro-batch, and plan smaller ones until `fits(samples)` is true on every rank.
+        Try more than the largest planned micro-batch, and plan smaller ones until `fits(samples, in_parts)` is true on
+        every rank; `in_parts` tells whether there are steps of several micro-batches.
 
         Raises:
             torch.OutOfMemoryError: if not even the longest sample fits, on any rank.
@@ -123,7 +124,7 @@ class Planner:
         while self.plan.micro_batch.mode == "auto":
             samples = worst_case(self._sampler)
             tokens = self._sampler.cost.tokens(self._sampler.lengths[samples].tolist())
-            fitted = channel().gather("probe", fits(samples))
+            fitted = channel().gather("probe", fits(samples, in_parts(self._sampler)))
             if all(fitted):
                 self._use(self.plan.confirmed(tokens))
                 return
@@ -180,17 +181,12 @@ class Planner:
 
 
 def worst_case(sampler: EffectiveBatchSampler) -> list[int]:
-    """
-    Return the micro-batch with the most tokens, and some samples more within the budget.
-
-    It looks at all ranks, and at every step of the epoch or about 1,000 of them, evenly spread.
-    """
+    """Return the micro-batch with the most tokens on any rank, and some samples more within the budget."""
 
     def tokens(batch):
         return sampler.cost.tokens(sampler.lengths[batch].tolist())
 
-    steps = range(0, sampler.num_steps, max(1, sampler.num_steps // _LOOKED_AT))
-    worst = max((batch for step in steps for batches in sampler.plan(step) for batch in batches), key=tokens)
+    worst = max((batch for batches in _plans(sampler) for batch in batches), key=tokens)
     most = min(sampler.token_budget, int(micro_batch.PROBE_MARGIN * tokens(worst)))
     for sample in range(min(sampler.num_samples, _LOOKED_AT)):
         if sample not in worst and tokens([*worst, sample]) <= most:
@@ -198,22 +194,33 @@ def worst_case(sampler: EffectiveBatchSampler) -> list[int]:
     return worst
 
 
+def in_parts(sampler: EffectiveBatchSampler) -> bool:
+    """Return whether a rank has several micro-batches in one of the steps that [`worst_case`] looks at."""
+    return any(len(batches) > 1 for batches in _plans(sampler))
+
+
+def _plans(sampler: EffectiveBatchSampler) -> Iterator[list[list[int]]]:
+    """Yield the micro-batches of each rank in a step, of every step of the epoch or of about 1,000 of them, evenly spread."""
+    for step in range(0, sampler.num_steps, max(1, sampler.num_steps // _LOOKED_AT)):
+        yield from sampler.plan(step)
+
+
 def leaves_memory(
     run: Callable[[], None],
     trainable: list[torch.nn.Parameter],
-    state_bytes: int,
+    held_bytes: int,
     device: torch.device,
     fraction: float,
 ) -> bool:
     """
-    Return whether `run`, a forward and backward, fits next to an optimizer state of `state_bytes`.
+    Return whether `run`, a forward and backward, fits next to `held_bytes`: optimizer state and gradients that come later.
 
     Gradients of `trainable` are removed, and RNG states are as before. `fraction` of the device's memory may be used.
     """
     fits, stand_in = True, None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            stand_in = torch.empty(state_bytes, dtype=torch.uint8, device=device)
+            stand_in = torch.empty(held_bytes, dtype=torch.uint8, device=device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             run()

@@ -25,6 +25,11 @@ def can_be_repeated(parameters: Iterable[torch.nn.Parameter]) -> bool:
     return sum(p.numel() for p in parameters if p.requires_grad) <= MAX_REPEATABLE_VALUES
 
 
+def gradient_bytes(parameters: Sequence[torch.nn.Parameter]) -> int:
+    """Return what all micro-batches of a step but the first find in memory: the gradients so far, and a copy to repeat it."""
+    return sum(p.nbytes for p in parameters) * (2 if can_be_repeated(parameters) else 1)
+
+
 @dataclass
 class Step:
     """State of one optimizer step on this rank."""
@@ -112,9 +117,11 @@ class StepRunner:
     def _learn(self, step: Step, batch: MicroBatch) -> torch.Tensor:
         trainable = self.trainable() if batch.samples else []
         samples = batch.samples if can_be_repeated(trainable) else []
-        # A backward that breaks off has already added to some gradients.
-        kept = [(p, None if p.grad is None else p.grad.clone()) for p in trainable] if samples else []
+        kept = []
         try:
+            # A backward that breaks off has already added to some gradients.
+            if samples:
+                kept = [(p, None if p.grad is None else p.grad.clone()) for p in trainable]
             return self.work.learn(batch.inputs, batch.items, step)
         except torch.OutOfMemoryError as error:
             stops = len(samples) == 1 and self.on_oversized == "stop" and not self.may_fall_back()

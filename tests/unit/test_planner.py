@@ -10,7 +10,7 @@ from accelerate_unsloth import UnslothPlugin
 from accelerate_unsloth.data.sampler import EffectiveBatchSampler
 from accelerate_unsloth.engines import kernels
 from accelerate_unsloth.trainers import planner as module
-from accelerate_unsloth.trainers.planner import Planner, leaves_memory, worst_case
+from accelerate_unsloth.trainers.planner import Planner, in_parts, leaves_memory, worst_case
 
 LENGTHS = np.array([90, 10, 40, 60, 30, 20, 70, 80])
 
@@ -84,7 +84,8 @@ def test_the_probe_lowers_the_plan_until_it_fits_on_every_rank(channel, model):
     planner, sampler = made(model, kept=400)
     tried = []
 
-    def fits(samples):
+    def fits(samples, in_parts):
+        assert in_parts == any(len(batches) > 1 for step in range(sampler.num_steps) for batches in sampler.plan(step))
         tried.append(int(LENGTHS[samples].sum()))
         channel.other = {"probe": tried[-1] <= 150}  # the other rank has less memory
         return True
@@ -97,7 +98,7 @@ def test_the_probe_lowers_the_plan_until_it_fits_on_every_rank(channel, model):
 
 def test_the_probe_falls_back_to_recomputation_and_plans_anew_for_it(channel, model):
     planner, sampler = made(model, kept=200)
-    planner.probe(lambda samples: model.recompute[-1])
+    planner.probe(lambda samples, in_parts: model.recompute[-1])
     assert planner.plan.checkpointing.mode == "unsloth"
     assert sampler.token_budget > 200
 
@@ -105,9 +106,9 @@ def test_the_probe_falls_back_to_recomputation_and_plans_anew_for_it(channel, mo
 def test_a_sample_that_never_fits_is_an_error_with_its_length(channel, model):
     planner, _ = made(model, kept=200)
     with pytest.raises(torch.OutOfMemoryError, match=r"Sample 0, of 90 tokens, does not fit the memory of rank 0, 1"):
-        planner.probe(lambda samples: False)
+        planner.probe(lambda samples, in_parts: False)
     planner, _ = made(model, kept=200, on_oversized="skip")
-    planner.probe(lambda samples: False)
+    planner.probe(lambda samples, in_parts: False)
 
 
 def test_a_rank_that_ran_out_lowers_the_plan_of_all(channel, model):
@@ -127,7 +128,7 @@ def test_a_rank_that_fell_back_takes_the_others_along(channel, model):
 
 def test_fixed_micro_batches_stay_as_they_are(channel, model):
     planner, sampler = made(model, micro_batch="fixed")
-    planner.probe(lambda samples: pytest.fail("nothing to try"))
+    planner.probe(lambda samples, in_parts: pytest.fail("nothing to try"))
     assert planner.lower(150, False, step=1) is None
     assert sampler.token_budget is None
 
@@ -138,6 +139,13 @@ def test_the_probe_tries_more_than_the_largest_micro_batch_of_the_epoch():
     largest = max(int(LENGTHS[batch].sum()) for batches in sampler.plan(0) for batch in batches)
     tried = int(LENGTHS[worst_case(sampler)].sum())
     assert largest <= tried <= 110
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(110, True), (10_000, False)])
+def test_steps_of_several_micro_batches_are_found(budget, expected):
+    sampler = EffectiveBatchSampler(8, 1, 0, 4, 2, seed=0, strategy="sequential", lengths=LENGTHS)
+    sampler.token_budget = budget
+    assert in_parts(sampler) is expected
 
 
 def test_a_probe_leaves_no_gradient_and_no_draw_behind():

@@ -72,6 +72,29 @@ def expected(rows):
     return weight.grad, loss.detach()
 
 
+@pytest.mark.parametrize(("repeatable", "copies"), [(True, 2), (False, 1)])
+def test_what_later_micro_batches_find_in_memory_is_counted(repeatable, copies, monkeypatch):
+    monkeypatch.setattr(step_module, "MAX_REPEATABLE_VALUES", 6 if repeatable else 5)
+    assert step_module.gradient_bytes([torch.nn.Parameter(torch.ones(2, 3))]) == 24 * copies
+
+
+def test_memory_that_runs_out_before_the_forward_splits_the_micro_batch_too(monkeypatch):
+    """The gradients of the first micro-batch are copied before the second begins."""
+    clone, failed = torch.Tensor.clone, []
+
+    def fails_once(tensor, *args, **kwargs):
+        if tensor.shape == (2,) and not failed:
+            failed.append(tensor)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return clone(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "clone", fails_once)
+    gradient, _, _, work = run([[0, 1], [2, 3]])
+    assert failed
+    assert torch.allclose(gradient, expected([0, 1, 3])[0])
+    assert work.runs == [[0, 1], [3]]  # the row of 2 has no label
+
+
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [2], [1, 3]]])
 @pytest.mark.parametrize("fits", [99, 2, 1])
 def test_a_step_is_the_same_however_it_is_split(groups, fits):
