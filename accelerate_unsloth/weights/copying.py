@@ -55,6 +55,11 @@ def pin(memory: torch.Tensor) -> None:
     _pinned.append(memory)
 
 
+def pinned_bytes() -> int:
+    """Return what this process has pinned: all that the models which it has loaded share on this node, each process alike."""
+    return sum(memory.numel() for memory in _pinned)
+
+
 class StreamCopier:
     """
     Copies layers into slots: at once on a CPU, on a stream of its own on a GPU.

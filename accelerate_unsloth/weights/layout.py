@@ -81,7 +81,7 @@ class Piece:
 
 def as_bytes(pieces: list[Piece]) -> torch.Tensor:
     """Return pieces as bytes that [`from_bytes`] reads, of shape `(nbytes,)` and type `uint8`."""
-    return torch.tensor(bytearray(json.dumps([astuple(piece) for piece in pieces]).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(json.dumps([astuple(piece) for piece in pieces]).encode()), dtype=torch.uint8)
 
 
 def from_bytes(table: torch.Tensor) -> list[Piece]:

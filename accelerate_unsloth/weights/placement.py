@@ -19,7 +19,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # Part of a memory that weights may take. On a machine the rest is for libraries, data and activations; on a GPU for adapters,
 # their optimizer, and micro-batches that keep it busy.
 _HOST_FRACTION, _DEVICE_FRACTION = 0.7, 0.75
-_MOST_OF_DEVICE = 0.9  # where nothing else would leave more room
+_MOST = 0.9  # of either, where nothing else would leave more room
 
 VARIABLE = "ACCELERATE_UNSLOTH_FROZEN_WEIGHTS"
 
@@ -100,7 +100,7 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
         if why := impossible[requested]:
             other = f"{VARIABLE}=host" if not facts.cannot_share else f"{VARIABLE}=replicated"
             raise ValueError(f"frozen_weights={requested!r} is not possible: {why}. Set {other}.")
-        if lacks := _what_lacks(requested, facts, _MOST_OF_DEVICE):
+        if lacks := _what_lacks(requested, facts, _MOST):
             raise MemoryError(_does_not_fit(lacks))
         return PlacementChoice(requested, f"asked for; {_where(requested, facts)}")
     if why := facts.cannot_share or _why_replicated(facts):
@@ -111,7 +111,7 @@ def resolve(requested: str, facts: Facts) -> PlacementChoice:
 def _shared(facts: Facts, not_sharded: str) -> PlacementChoice:
     """Choose among the placements of a model whose copies leave no room."""
     on_gpu, lacks = facts.device_bytes is not None, []
-    order = [("sharded", _DEVICE_FRACTION), ("host", _MOST_OF_DEVICE), ("sharded", _MOST_OF_DEVICE)]
+    order = [("sharded", _DEVICE_FRACTION), ("host", _MOST), ("sharded", _MOST)]
     for mode, fraction in order:
         if mode == "sharded" and not_sharded:
             continue
@@ -121,7 +121,7 @@ def _shared(facts: Facts, not_sharded: str) -> PlacementChoice:
         why = f"{_size(facts.model_bytes)} of weights leave no room on {_size(facts.device_bytes)}; " if on_gpu else ""
         instead = f" ({facts.no_peer_copies})" if facts.no_peer_copies else ""
         return PlacementChoice(mode, why + _where(mode, facts) + instead)
-    if on_gpu and facts.model_bytes <= _MOST_OF_DEVICE * facts.device_bytes:
+    if on_gpu and facts.model_bytes <= _MOST * facts.device_bytes:
         return PlacementChoice("replicated", f"{lacks[-1]}, while all weights fit")
     raise MemoryError(_does_not_fit("; ".join(dict.fromkeys(lacks))))
 
@@ -130,7 +130,7 @@ def _why_replicated(facts: Facts) -> str:
     """Return why each rank gets its own copy, as a clause; empty if copies leave no room."""
     processes, model_bytes = facts.local_world_size, facts.model_bytes
     if facts.device_bytes is not None:
-        fraction = _MOST_OF_DEVICE if _why_not_sharded(facts) else _DEVICE_FRACTION
+        fraction = _MOST if _why_not_sharded(facts) else _DEVICE_FRACTION
         fits = model_bytes <= fraction * facts.device_bytes
         return f"{_size(model_bytes)} of weights fit {_size(facts.device_bytes)}" if fits else ""
     if processes == 1:
@@ -153,11 +153,11 @@ def _what_lacks(mode: str, facts: Facts, fraction: float) -> str:
     """Return what does not fit, with the layers stored once and `fraction` of a GPU for weights; empty if all does."""
     processes, on_gpu = facts.local_world_size, facts.device_bytes is not None
     others = 0 if on_gpu else processes * facts.other_bytes
-    if mode == "host" and facts.layer_bytes + others > facts.host_bytes:
+    if mode == "host" and facts.layer_bytes + others > _MOST * facts.host_bytes:
         added = f" and {processes} x {_size(facts.other_bytes)} of other weights" if others else ""
         return (
             f"{_size(facts.layer_bytes)} of decoder layers once{added} are {_size(facts.layer_bytes + others)}, and the machine "
-            f"has {_size(facts.host_bytes)}"
+            f"has {_size(facts.host_bytes)}, {_MOST:g} of it for weights"
         )
     part = facts.largest_part if mode == "sharded" else 0
     slots = FETCHED_LAYERS * max(facts.layers, default=0)
@@ -186,10 +186,12 @@ def _where(mode: str, facts: Facts) -> str:
 
 
 def host_bytes() -> int:
-    """Return the memory of this machine, or the limit of the container."""
+    """Return the memory of this machine, or the limit of the container, without what earlier models have pinned of it."""
+    from .copying import pinned_bytes
+
     total = psutil.virtual_memory().total
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
-    return min(total, int(limit)) if limit.isdigit() else total
+    return (min(total, int(limit)) if limit.isdigit() else total) - pinned_bytes()
 
 
 def device_bytes(local_world_size: int) -> int:

@@ -136,8 +136,15 @@ def test_the_sum_depends_neither_on_where_the_bytes_lie_nor_on_a_rest_that_is_no
     assert shifted.data_ptr() % 8
     other = stored.clone()
     other[-1] ^= 1
-    sums = bit_sums({"first": stored, "shifted": shifted, "other": other})
-    assert sums["first"] == sums["shifted"] != sums["other"]
+    odd = torch.frombuffer(bytearray(5) + bytearray(stored.tolist()), dtype=torch.uint8, offset=1)[4:]
+    sums = bit_sums({"first": stored, "shifted": shifted, "odd": odd, "other": other})
+    assert sums["first"] == sums["shifted"] == sums["odd"] != sums["other"]
+
+
+def test_two_highest_bits_do_not_cancel():
+    values = torch.arange(1.0, 9.0, dtype=torch.float64)
+    sums = bit_sums({"first": values, "negative": -values})
+    assert sums["first"] != sums["negative"]
 
 
 def test_the_bits_of_quantized_weights_inside_of_a_wrapper_are_summed():
