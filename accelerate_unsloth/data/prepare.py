@@ -18,6 +18,7 @@ from datasets.formatting import query_table
 from ..launch.channel import channel
 from ..launch.topology import topology
 from ..patches import patched
+from .contents import digest_of_samples
 from .loader import IGNORED
 from .shared_rows import open_shared, share
 
@@ -32,10 +33,12 @@ def prepare_once(dataset, prepare: Callable, split: str):
     prepared on every rank. `split` is for messages.
 
     Raises:
+        ValueError: if the ranks were given different rows, which only those of one rank would survive.
         PeerFailure: on the waiting ranks if the preparation fails on their node's first process.
     """
     if topology().world_size == 1 or not isinstance(dataset, datasets.Dataset):
         return prepare(dataset)
+    _check_same_rows(dataset, split)
     prepared = functools.cache(lambda: prepare(dataset))
     with _without_ordering():
         shared = channel().run_on_local_main(f"prepare/{split}", lambda: share(prepared()))
@@ -43,6 +46,22 @@ def prepare_once(dataset, prepare: Callable, split: str):
     # Nodes that share a cache replace each other's files, so all map them when no node writes any more.
     channel().gather(f"prepared/{split}", True)
     return open_shared(shared, like)
+
+
+def _check_same_rows(dataset: datasets.Dataset, split: str) -> None:
+    """Raise `ValueError` on all ranks if the number or the content of their rows differs."""
+    ranks_rows = channel().gather(f"rows/{split}", [len(dataset), digest_of_samples(dataset)])
+    if all(rows == ranks_rows[0] for rows in ranks_rows):
+        return
+    lengths = [length for length, _ in ranks_rows]
+    other = next(rank for rank, rows in enumerate(ranks_rows) if rows != ranks_rows[0])
+    what = f"{lengths[0]} rows on rank 0 and {lengths[other]} on rank {other}"
+    if lengths[0] == lengths[other]:
+        what = f"other rows on rank {other} than on rank 0, {lengths[0]} on each"
+    raise ValueError(
+        f"The ranks were given different datasets ({split}): {what}. Give all rows on every rank: accelerate_unsloth assigns "
+        "the samples of each step to ranks. Look for shard(), slices by rank, and shuffling or splitting without a seed."
+    )
 
 
 @contextmanager
@@ -90,19 +109,22 @@ def check_not_empty(dataset, split: str) -> None:
 
 
 def check_has_labels(dataset, split: str) -> None:
-    """Raise `ValueError` if preparation dropped every sample, or every label is masked."""
+    """Raise `ValueError` if preparation dropped every sample, or no label is left but those of first tokens."""
     if not isinstance(dataset, datasets.Dataset):
         return
     if len(dataset) and ("labels" not in dataset.column_names or _any_label(dataset)):
         return
     raise ValueError(
-        f"No sample of the {split} dataset has a token to learn from: all labels are masked ({IGNORED}). Check that "
-        "completions are not empty, and that max_length leaves room for them behind the prompt."
+        f"No sample of the {split} dataset has a token to learn from: all labels are masked ({IGNORED}), or are first tokens. Check that "
+        "texts and completions are not empty, and that max_length leaves room for them behind the prompt."
     )
 
 
 def _any_label(dataset: datasets.Dataset) -> bool:
     for table in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
-        if pc.any(pc.not_equal(table["labels"].combine_chunks().flatten(), IGNORED)).as_py():
+        labels = pc.list_slice(
+            table["labels"].combine_chunks(), 1
+        )  # nothing comes before a first token, to predict it from
+        if pc.any(pc.not_equal(labels.flatten(), IGNORED)).as_py():
             return True
     return False

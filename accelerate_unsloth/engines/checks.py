@@ -1,5 +1,6 @@
 """Checks of what a script passes to the loaders, and of the device that a loaded model is on."""
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import torch
 
 from ..launch.topology import topology
+from ..patches import patch_log
+from ..weights import placed_weights
+
+_OURS = {f"{name}Trainer" for name in ("SFT", "DPO", "Reward", "KTO", "ORPO", "CPO")}
 
 
 def this_device() -> str:
@@ -25,6 +30,33 @@ def check_loading(model_name: str | None, options: Mapping[str, Any]) -> None:
             "shorten the samples."
         )
     check_device_map(options.get("device_map"), topology().world_size, this_device())
+
+
+def note_stock_trainers() -> None:
+    """
+    Let rank 0 say if a trainer that we have is the stock one, and trains a model that our loaders have loaded.
+
+    Call it once Unsloth has loaded a model, because it wraps the same function then.
+    """
+    from transformers import Trainer
+
+    if topology().world_size == 1 or patch_log.holds(Trainer, "__init__"):
+        return
+    original = Trainer.__init__
+
+    @functools.wraps(original)
+    def noting(self, model=None, *args, **kwargs):
+        original(self, model, *args, **kwargs)
+        name = type(self).__name__.removeprefix("Unsloth")
+        is_stock = name in _OURS and not hasattr(self, "adapter_class") and placed_weights(self.model) is not None
+        if is_stock and topology().is_main:
+            config = name.replace("Trainer", "Config")
+            print(
+                f"accelerate_unsloth: this {name} is TRL's own. It trains with DistributedDataParallel, and none of our promises "
+                f"hold. Import {name} and {config} from accelerate_unsloth."
+            )
+
+    patch_log.patch(Trainer, "__init__", noting)
 
 
 def check_model_name(model_name: str) -> None:

@@ -108,6 +108,7 @@ class FastLanguageModel:
             _set_checkpointing(model, use_gradient_checkpointing)
         _add_saving(model)
         rank0_writes.guard(tokenizer)
+        checks.note_stock_trainers()
         return model.to(device), tokenizer
 
     @staticmethod

@@ -148,6 +148,7 @@ def _for_several_processes(base):
             with muted_prints(), placing(placement, checks.this_device(), trains_all):
                 model, tokenizer = base.from_pretrained(*args, **kwargs)
             _let_others_fetch(model)
+            checks.note_stock_trainers()
             if topology().world_size > 1:
                 checks.check_placement((p.device for p in model.parameters()), checks.this_device())
             setattr(model, _ASKED_FOR, kwargs.get("use_gradient_checkpointing"))

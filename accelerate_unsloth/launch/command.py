@@ -104,7 +104,7 @@ def require(num_gpus: int | None, visible_gpus: int) -> None:
         raise SystemExit(2)
     config, where = "unsloth_ddp", ""
     if not visible_gpus:
-        config, where = "unsloth_ddp_cpu", " as a dry run on the CPU, because no GPU is visible"
+        config, where = "unsloth_ddp_cpu", " as a dry run on the CPU, because no GPU is visible,"
     began, of = f"script was started as 1. Start it{where} with:", None
     if not is_a_file():
         began = (

@@ -15,7 +15,7 @@ from ..launch.channel import channel
 from ..patches import patched
 from ..reliability import checkpoints, rank0_writes, stock_checkpoints
 from .guards import check_weights_are_equal
-from .resume import check_effective_batch, newest_checkpoint
+from .resume import check_effective_batch, newest_checkpoint, say_if_finished
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +51,10 @@ class CheckpointMixin:
                 self.args.dataloader_drop_last,
             )
         self._run = self._run_resumed_from(resume_from_checkpoint) or self._run or uuid.uuid4().hex
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint:
+            say_if_finished(Path(resume_from_checkpoint), self.state.max_steps)
+        return output
 
     def _run_resumed_from(self, checkpoint: str | None) -> str | None:
         """Return the id of the run that goes on in its own `output_dir`, whose checkpoints `save_total_limit` counts."""

@@ -1,5 +1,7 @@
 """Mistakes of a launch, its arguments or its data that would show only later, or never."""
 
+import difflib
+
 from ..engines.select import choice
 
 # isort: split
@@ -11,12 +13,21 @@ from transformers.utils import logging
 from ..data.prepare import check_not_empty
 from ..launch.process import check_process_count
 from ..launch.topology import topology
+from ..plugin import UnslothPlugin
 from ..weights import placed_weights
 from .adapter import LossAdapter
 
 logger = logging.get_logger(__name__)
 
+_TEXTS = {"text", "prompt", "completion", "chosen", "rejected"}
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def checked(plugin) -> UnslothPlugin:
+    """Return the options, those of the environment for `None`; raise `TypeError` for anything else."""
+    if not isinstance(plugin, UnslothPlugin | None):
+        raise TypeError(f"plugin has to be an UnslothPlugin, such as UnslothPlugin(report=False), not {plugin!r}.")
+    return plugin or UnslothPlugin()
 
 
 def check_launch(trainer) -> None:
@@ -69,6 +80,22 @@ def check_columns(dataset, split: str, text: str, formatting_func) -> None:
         )
 
 
+def check_rows(dataset, split: str) -> None:
+    """Raise `ValueError` if there are no rows, or one lacks a text that trainers read, with its column and index."""
+    check_not_empty(dataset, split)
+    if not isinstance(dataset, datasets.Dataset):
+        return
+    for name in sorted(_TEXTS & {*dataset.column_names}):
+        if dataset.data.column(name).null_count == 0:  # read from the bitmap of the whole table
+            continue
+        rows = np.flatnonzero(dataset.select_columns([name]).with_format("arrow")[:][name].is_null().to_numpy())
+        if len(rows):
+            raise ValueError(
+                f"{len(rows)} of {len(dataset)} samples have no {name!r} (None), the first at index {rows[0]}. Leave them out: "
+                f"dataset.filter(lambda row: row[{name!r}] is not None)."
+            )
+
+
 def check_pair_columns(given: tuple, keywords: dict) -> None:
     """Raise `ValueError` if the training data, given by keyword or by place, has no rows, or no `chosen` and `rejected`."""
     dataset = keywords.get("train_dataset", given[1] if len(given) > 1 else None)
@@ -80,6 +107,11 @@ def check_pair_columns(given: tuple, keywords: dict) -> None:
         raise ValueError(
             f"The training dataset has the columns {', '.join(map(repr, columns))}, and a pair needs 'chosen' and 'rejected', "
             "and for DPO a 'prompt' unless both begin with it. Rename the columns."
+        )
+    if "prompt" not in columns and (close := difflib.get_close_matches("prompt", columns, 1, cutoff=0.75)):
+        raise ValueError(
+            f"The training dataset has the column {close[0]!r}, which is not read, and no 'prompt'. Rename it to 'prompt', or "
+            "remove it if the answers begin with their prompt."
         )
 
 

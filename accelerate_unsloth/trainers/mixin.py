@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..data.lengths import count_different
 from ..data.loader import MicroBatch, MicroStep
-from ..data.prepare import check_has_labels, check_not_empty, prepare_once
+from ..data.prepare import check_has_labels, prepare_once
 from ..launch.topology import topology
 from ..patches import patched
 from ..plugin import UnslothPlugin
@@ -79,7 +79,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
     # ---- Construction ----
 
     def __init__(self, *args, plugin: UnslothPlugin | None = None, **kwargs):
-        self.plugin = plugin if plugin is not None else UnslothPlugin()
+        self.plugin = checks.checked(plugin)
         if self.plugin.engine not in ("auto", choice.name):
             raise ValueError(
                 f"engine={self.plugin.engine!r} comes too late: {choice.name!r} was chosen when accelerate_unsloth was "
@@ -120,7 +120,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         """Run TRL's or Unsloth's preparation, once per node; the last argument of both is the name of the split."""
-        check_not_empty(dataset, "given")
+        checks.check_rows(dataset, "given")
         prepare = super()._prepare_dataset
         split = kwargs.get("dataset_name") or args[-1]
         prepared = prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), split)

@@ -67,9 +67,23 @@ def check_effective_batch(
         )
 
 
-def _compare_steps_per_epoch(checkpoint: Path, effective_batch: int, samples: int | None, drop_last: bool) -> None:
+def say_if_finished(checkpoint: Path, max_steps: int) -> None:
+    """Say on rank 0 that a run had ended with the checkpoint from which it was resumed."""
+    step = _state_of(checkpoint).get("global_step", 0)
+    if step >= max_steps and topology().is_main:
+        print(
+            f"{checkpoint} is the end of its run (step {step} of {max_steps}), so nothing was left to train. For a new run choose "
+            "another output_dir; to go on with this one, set more steps or epochs."
+        )
+
+
+def _state_of(checkpoint: Path) -> dict:
     file = checkpoint / TRAINER_STATE_NAME
-    state = json.loads(file.read_text()) if file.is_file() else {}
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _compare_steps_per_epoch(checkpoint: Path, effective_batch: int, samples: int | None, drop_last: bool) -> None:
+    state = _state_of(checkpoint)
     if not state.get("epoch") or samples is None:
         return
     saved = math.ceil(round(state["global_step"] / state["epoch"], 6))  # the last step of an epoch may be smaller

@@ -157,6 +157,7 @@ WEIGHTED_SFT = {"loss_type": ["sft"], "use_weighting": True}
         ("dpo", {"args": {"max_length": 1}}, "22 of 22 samples of the dataset 'train' are left out"),
         ("reward", {"args": {"max_length": 2}}, "22 of 22 samples of the dataset 'train' are left out"),
         ("dpo", {"without": ["rejected"]}, "a pair needs 'chosen' and 'rejected'"),
+        ("dpo", {"renamed": {"prompt": "prmpt"}}, "the column 'prmpt', which is not read, and no 'prompt'"),
         ("reward", {"without": ["chosen"]}, "a pair needs 'chosen' and 'rejected'"),
     ],
 )

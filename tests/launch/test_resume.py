@@ -64,6 +64,14 @@ def whole(run):
     return run("whole")
 
 
+def test_a_run_that_had_ended_says_so(whole, tiny_model, uneven_data, tmp_path):
+    arguments = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "save_strategy": "no"}
+    options = {"args": arguments, "resume": str(whole / "run" / "checkpoint-12")}
+    finished = launch(WORKERS / "train.py", [tiny_model, uneven_data, tmp_path, json.dumps(options)], 2)
+    assert finished.status == 0, finished.output[-4000:]
+    assert finished.output.count("is the end of its run (step 12 of 12), so nothing was left to train") == 1
+
+
 @pytest.mark.parametrize("resumed", [name for name in RUNS if name != "whole"])
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(resumed, run, whole):
     one, other = result(whole), result(run(resumed))

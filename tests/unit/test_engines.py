@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from accelerate_unsloth.engines import kernels, resolve
+from accelerate_unsloth.engines import checks, kernels, resolve
 from accelerate_unsloth.engines.checks import check_device_map, check_model_name, check_placement
 from accelerate_unsloth.engines.variables import check_unsloth_modes
 from accelerate_unsloth.launch import process
 from accelerate_unsloth.launch.topology import Topology
+from accelerate_unsloth.patches import patch_log
 from accelerate_unsloth.policies import attention
 
 
@@ -31,6 +32,29 @@ def test_padded_rows_never_count_as_varlen(padded, by_itself, backend, monkeypat
     if padded:
         with pytest.raises(ValueError, match="padded rows run through SDPA in one call"):
             attention.resolve("varlen", facts)
+
+
+@pytest.mark.parametrize(("world_size", "is_known", "notes"), [(2, True, 1), (2, False, 0), (1, True, 0)])
+def test_a_stock_trainer_with_a_model_of_our_loaders_is_noted(world_size, is_known, notes, monkeypatch, capsys):
+    from transformers import Trainer
+
+    def construct(self, model=None):
+        self.model = model
+
+    monkeypatch.setattr(Trainer, "__init__", construct)
+    monkeypatch.setattr(checks, "topology", lambda: Topology(world_size=world_size))
+    monkeypatch.setattr(checks, "placed_weights", lambda model: model)
+    stock = type("UnslothSFTTrainer", (Trainer,), {})
+    ours = type("SFTTrainer", (Trainer,), {"adapter_class": object})
+    other = type("GRPOTrainer", (Trainer,), {})
+    checks.note_stock_trainers()
+    try:
+        for kind in (stock, ours, other):
+            kind(model="loaded" if is_known else None)
+    finally:
+        patch_log.undo([patch for patch in patch_log.patches if patch.owner is Trainer])
+    assert Trainer.__init__ is construct
+    assert capsys.readouterr().out.count("this SFTTrainer is TRL's own") == notes
 
 
 @pytest.mark.parametrize(

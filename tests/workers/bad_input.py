@@ -30,6 +30,14 @@ elif CASE == "missing column":
     rows = [{"question": "a rank", "answer": "sends"}] * 8
 elif CASE == "all labels masked":
     rows = [{"input_ids": [3, 4, 5], "labels": [-100, -100, -100]}] * 8
+elif CASE == "only first tokens":
+    rows = [{"input_ids": [3], "labels": [3]}] * 8
+elif CASE == "missing text":
+    rows[3:5] = [{"prompt": "a rank ", "completion": None}] * 2
+elif CASE == "rows of its own on each rank":
+    rows = rows[: 8 - 4 * RANK]
+elif CASE == "order of its own on each rank":
+    rows = [{"prompt": "a rank ", "completion": f"sends {number} gradients"} for number in range(8)][:: 1 - 2 * RANK]
 elif CASE == "broken sample":
     rows = [{"messages": [{"role": "user"}]}] * 8
 data = datasets.Dataset.from_list(rows)
@@ -42,7 +50,10 @@ arguments = {
     "bf16": False,
     "save_strategy": "no",
 }
-trainer = SFTTrainer(model, SFTConfig(str(OUT), **arguments), train_dataset=data, processing_class=tokenizer)
+plugin = {"report": False} if CASE == "plugin of another type" else None
+trainer = SFTTrainer(
+    model, SFTConfig(str(OUT), **arguments), train_dataset=data, processing_class=tokenizer, plugin=plugin
+)
 
 if CASE == "error in a step of one rank" and RANK == 1:
     step = trainer.training_step

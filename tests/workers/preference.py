@@ -56,7 +56,7 @@ def train(which: str, model_folder: str, data: str, out: Path, options: dict):
     trainer = trainer_class(
         model=model,
         args=config_class(str(out / "run"), **ARGUMENTS | COMMON | FURTHER.get(which, {}) | options.get("args", {})),
-        train_dataset=rows.remove_columns(options.get("without", [])),
+        train_dataset=rows.remove_columns(options.get("without", [])).rename_columns(options.get("renamed", {})),
         eval_dataset=rows.select(range(7)) if options.get("evaluate") else None,
         processing_class=tokenizer,
         **plugin,
