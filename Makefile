@@ -42,4 +42,4 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .demo site .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache
+	rm -rf .demo bench site .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache

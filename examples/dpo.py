@@ -7,7 +7,7 @@ Preference training (DPO) on all GPUs, on pairs made of this machine's own Pytho
 
 A pair asks for the docstring of a function: its own is chosen, another function's is rejected. Options are TRL's, such as
 `--beta 0.2` or `--config dpo.yaml`, and `--model_name_or_path`; by default the demo's model is trained, and made when it is
-missing. Without GPUs this is a dry run with transformers and PEFT; `accelerate launch` then takes `unsloth_ddp_cpu`.
+missing. Without GPUs this is a dry run of 4 steps with transformers and PEFT; `accelerate launch` then takes `unsloth_ddp_cpu`.
 """
 
 import ast
@@ -69,6 +69,8 @@ def main() -> None:
         sys.argv += ["--output_dir", str(DEMO / "dpo")]
     if not torch.cuda.is_available():
         sys.argv += ["--use_cpu", "True", "--bf16", "False"]
+        if not any("max_steps" in word for word in sys.argv):
+            sys.argv += ["--max_steps", "4"]
     script, arguments = TrlParser((ScriptArguments, DPOConfig)).parse_args_and_config()
     model, tokenizer = FastLanguageModel.from_pretrained(
         script.model_name_or_path or demo_model(),

@@ -52,6 +52,12 @@ def estimate_memory(
         typer.echo(json.dumps([_row(case, found, gpu_gib, tokens) for case, found in estimates.items()], indent=2))
     else:
         _print_table(model_name, estimates, gpu_gib, tokens)
+        fits = any(found.largest_micro_batch(gpu_gib) for found in estimates.values())
+        if not fits and frozen_weights is Placement.REPLICATED:
+            typer.echo(
+                "Nothing fits with all weights on each GPU. --frozen-weights host keeps the decoder layers in the machine's "
+                "memory, --frozen-weights sharded a part of them on each of several GPUs."
+            )
 
 
 def _row(case, found, gpu_gib: float, tokens: int) -> dict:

@@ -53,7 +53,11 @@ def convert(package: Path, folder: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    AutoTokenizer.from_pretrained(package, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file.name)
+    # transformers 5.17 reads the token that begins a message as the one that ends a text, and none for padding.
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 
 

@@ -182,3 +182,10 @@ def test_layers_in_the_memory_of_the_machine_leave_three_and_their_constants_on_
     fits = [estimate(shape, frozen_weights=where).largest_micro_batch(24) for where in ("replicated", "host")]
     assert fits[0] == 0
     assert fits[1] > 4096
+
+
+@pytest.mark.parametrize(("words", "hints"), [(["--gpu-gib", 3], True), (["--gpu-gib", 24], False)])
+def test_where_nothing_fits_other_placements_are_named(words, hints):
+    answer = CliRunner().invoke(app, ["estimate-memory", "8B", *map(str, words)])
+    assert answer.exit_code == 0
+    assert ("--frozen-weights host keeps the decoder layers" in answer.output) is hints
