@@ -45,6 +45,7 @@ class Guards(TrainerCallback):
             self._watchdog.start()
         try:
             with self._stop.listening():
+                channel().gather("training", True)  # a rank that has left would let the others hang in a collective
                 yield
         finally:
             if self._watchdog is not None:

@@ -21,6 +21,7 @@ MESSAGES = {
     "model over several devices": "device_map='auto' does not put the whole model on cpu",
     "wrong path on one rank": "is a path that does not exist on this machine",
     "other settings on one rank": "argument learning_rate: 0.0001 on rank 0; 0.0002 on rank 1",
+    "a rank that leaves before": "Rank 1 ended, and rank 0 still waits for it in 'training'",
     "error in a step of one rank": "the third step of rank 1 failed",
     "folder not writable": "/proc/no",
 }
