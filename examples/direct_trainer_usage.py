@@ -45,9 +45,11 @@ stats = trainer.train_epoch(loader)
 after = trainer.evaluate(loader)["eval_loss"]
 if trainer.accelerator.is_main_process:
     print(
-        f"evaluation loss {before:.4f} before and {after:.4f} after {stats.num_steps} steps of {stats.num_tokens} tokens"
+        f"evaluation loss {before:.4f} before and {after:.4f} after {stats.num_steps} steps, {stats.num_tokens} tokens in all"
     )
     print(f"{stats.tokens_per_second:.0f} tokens/s on {len(stats.ranks)} process(es)")
     print(f"token imbalance {stats.token_imbalance:.3f}")
 trainer.save_checkpoint(output_dir / "checkpoint")
 model.save_pretrained(output_dir)
+if trainer.accelerator.is_main_process:
+    print(f"The adapter and the checkpoint are in {output_dir}.")

@@ -49,3 +49,5 @@ trainer = SFTTrainer(
 )
 trainer.train()
 trainer.save_model()
+if trainer.is_world_process_zero():
+    print(f"The adapter is in {output_dir}.")
