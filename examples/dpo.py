@@ -71,7 +71,8 @@ def main() -> None:
         sys.argv += ["--use_cpu", "True", "--bf16", "False"]
         if not any("max_steps" in word for word in sys.argv):
             sys.argv += ["--max_steps", "4"]
-    script, arguments = TrlParser((ScriptArguments, DPOConfig)).parse_args_and_config()
+    usage = 'accelerate launch --config_file "$(accelerate-unsloth config path unsloth_ddp)" examples/dpo.py [options]'
+    script, arguments = TrlParser((ScriptArguments, DPOConfig), usage=usage).parse_args_and_config()
     model, tokenizer = FastLanguageModel.from_pretrained(
         script.model_name_or_path or demo_model(),
         max_seq_length=script.max_seq_length,

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ...reporting.verbosity import drop_what_users_cannot_act_on
+
 
 class Preset(str, Enum):
     NOTEBOOK = "notebook"
@@ -85,6 +87,7 @@ def bench(
 ) -> None:
     """Measure tokens/s, start-up, memory and losses of the same fine-tune in separate launches."""
     given = {name: value for name, value in locals().items() if name != "context"}
+    drop_what_users_cannot_act_on()
     chosen = _chosen(context, given, preset)
     chosen.out.mkdir(parents=True, exist_ok=True)
     counts = _counts(chosen.processes)
