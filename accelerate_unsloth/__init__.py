@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .launch.topology import declare_cpu_launch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "FastLanguageModel": "engines.select",

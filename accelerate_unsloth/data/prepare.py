@@ -115,16 +115,15 @@ def check_has_labels(dataset, split: str) -> None:
     if len(dataset) and ("labels" not in dataset.column_names or _any_label(dataset)):
         return
     raise ValueError(
-        f"No sample of the {split} dataset has a token to learn from: all labels are masked ({IGNORED}), or are first tokens. Check that "
-        "texts and completions are not empty, and that max_length leaves room for them behind the prompt."
+        f"No sample of the {split} dataset has a token to learn from: all labels are masked ({IGNORED}), or are first tokens. "
+        "Check that texts and completions are not empty, and that max_length leaves room for them behind the prompt."
     )
 
 
 def _any_label(dataset: datasets.Dataset) -> bool:
     for table in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
-        labels = pc.list_slice(
-            table["labels"].combine_chunks(), 1
-        )  # nothing comes before a first token, to predict it from
+        # Nothing comes before a first token, to predict it from.
+        labels = pc.list_slice(table["labels"].combine_chunks(), 1)
         if pc.any(pc.not_equal(labels.flatten(), IGNORED)).as_py():
             return True
     return False

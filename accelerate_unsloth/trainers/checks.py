@@ -20,6 +20,7 @@ from .adapter import LossAdapter
 logger = logging.get_logger(__name__)
 
 _TEXTS = {"text", "prompt", "completion", "chosen", "rejected"}
+_OTHER_FORMS = {"messages", "conversations", "prompt", "chosen"}  # beside which a column "text" is not read
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -80,12 +81,18 @@ def check_columns(dataset, split: str, text: str, formatting_func) -> None:
         )
 
 
-def check_rows(dataset, split: str) -> None:
-    """Raise `ValueError` if there are no rows, or one lacks a text that trainers read, with its column and index."""
+def check_rows(dataset, split: str, formatted: bool) -> None:
+    """
+    Raise `ValueError` if there are no rows, or one lacks a text that trainers read, with its column and index.
+
+    What a `formatting_func` reads (`formatted`) is its own affair.
+    """
     check_not_empty(dataset, split)
-    if not isinstance(dataset, datasets.Dataset):
+    if formatted or not isinstance(dataset, datasets.Dataset) or "input_ids" in dataset.column_names:
         return
-    for name in sorted(_TEXTS & {*dataset.column_names}):
+    columns = {*dataset.column_names}
+    read = _TEXTS & columns if columns.isdisjoint(_OTHER_FORMS) else (_TEXTS & columns) - {"text"}
+    for name in sorted(read):
         if dataset.data.column(name).null_count == 0:  # read from the bitmap of the whole table
             continue
         rows = np.flatnonzero(dataset.select_columns([name]).with_format("arrow")[:][name].is_null().to_numpy())

@@ -9,6 +9,7 @@ relies on are listed in `tests/launch/test_patched_points.py`.
 
 import contextlib
 import functools
+import inspect
 from itertools import islice
 
 from ..engines import kernels
@@ -120,7 +121,7 @@ class DistributedTrainerMixin(ReportMixin, CheckpointMixin, EvaluationMixin, Loa
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         """Run TRL's or Unsloth's preparation, once per node; the last argument of both is the name of the split."""
-        checks.check_rows(dataset, "given")
+        checks.check_rows(dataset, "given", formatted=any(map(inspect.isroutine, (*args, *kwargs.values()))))
         prepare = super()._prepare_dataset
         split = kwargs.get("dataset_name") or args[-1]
         prepared = prepare_once(dataset, lambda rows: prepare(rows, *args, **kwargs), split)
