@@ -143,7 +143,8 @@ def test_the_probe_tries_more_than_the_largest_micro_batch_of_the_epoch():
 
 @pytest.mark.parametrize(("budget", "expected"), [(110, True), (10_000, False)])
 def test_steps_of_several_micro_batches_are_found(budget, expected):
-    sampler = EffectiveBatchSampler(8, 1, 0, 4, 2, seed=0, strategy="sequential", lengths=LENGTHS)
+    """Of two samples, so that there are two at most."""
+    sampler = EffectiveBatchSampler(8, 1, 0, 2, 2, seed=0, strategy="sequential", lengths=LENGTHS)
     sampler.token_budget = budget
     assert in_parts(sampler) is expected
 
