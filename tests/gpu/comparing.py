@@ -18,7 +18,7 @@ ROUNDING_OF_PREFERENCES = 3e-2
 #                          rounding                     ranks weighted alike   ranks that do not meet
 # median of norms          0.004, preferences 0.014     0.07 to 0.12           0.14 to 0.55
 # change of all weights    0.05 to 0.18                 0.28 to 0.65           0.26 to 0.82
-GRADIENT_NORMS = 3e-2
+GRADIENT_NORMS = 2e-2
 CHANGE_OF_WEIGHTS = 0.25
 
 
