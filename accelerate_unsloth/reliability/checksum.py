@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..weights.layout import bytes_of
+
 # Words of 8 bytes in pieces, because each piece is multiplied by its places before it is summed: 32 MiB, twice.
 _PIECE = 2**22
 
@@ -60,7 +62,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 def _bit_sum(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=places.device)
     for part in _parts(tensor):
-        flat = part.contiguous().view(-1).view(torch.uint8)
+        flat = bytes_of(part)
         if flat.data_ptr() % _WORD or flat.storage_offset() % _WORD:  # a view of words has to begin where a word does
             flat = flat.clone()
         whole = len(flat) // _WORD * _WORD
